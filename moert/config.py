@@ -1,0 +1,195 @@
+"""The model description that everything else is derived from.
+
+Vocabulary, the same letters in every docstring, kernel, test and table:
+T live tokens of a call, K experts per token, E experts, H hidden size, I intermediate size of one
+expert, S = T*K routed rows, BM/BN/BK tile sizes, bucket B >= T the batch size a graph was captured for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moert.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
+DTYPES = ("bfloat16", "float16", "float32")
+SCORINGS = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
+GROUP_SCORES = ("max", "top2_sum")
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How router logits [T, E] become K expert ids and K weights for every token.
+
+    Args:
+        scoring: "softmax" over all E; "softmax_topk" picks by logit, then softmax over the chosen K
+            (gpt-oss); "sigmoid" (DeepSeek-V3, MiniMax-M2); "sqrtsoftplus" (DeepSeek-V4).
+        renormalize: divide the K chosen scores by their sum.
+        correction_bias: a per-expert bias [E] is added to the scores for the choice only, never to
+            the weights (`e_score_correction_bias`, `topk_method="noaux_tc"`).
+        num_groups: experts form this many equal, contiguous groups; 1 means no groups.
+        top_groups: how many groups a token may choose from.
+        group_score: a group's score: its best expert ("max", DeepSeek-V2) or the sum of its best two
+            ("top2_sum", DeepSeek-V3).
+        scaling_factor: multiplies the weights last (`routed_scaling_factor`).
+    """
+
+    scoring: str = "softmax"
+    renormalize: bool = True
+    correction_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "top2_sum"
+    scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("routing.scoring", self.scoring, SCORINGS)
+        _one_of("routing.group_score", self.group_score, GROUP_SCORES)
+        _positive_int("routing.num_groups", self.num_groups)
+        _positive_int("routing.top_groups", self.top_groups)
+        if self.top_groups > self.num_groups:
+            raise ConfigError(
+                f"routing.top_groups={self.top_groups} exceeds routing.num_groups={self.num_groups}"
+            )
+        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
+            raise ConfigError(f"routing.scaling_factor={self.scaling_factor} must be finite and > 0")
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """One mixture-of-experts layer: shapes, activation, routing rule, dtype. Holds no tensors.
+
+    `eval(repr(cfg)) == cfg`. See the module docstring for the letters.
+
+    Args:
+        num_experts: E.
+        top_k: K, at most E and at most 127 (the packed sort keeps the slot in 7 bits).
+        hidden_size: H.
+        intermediate_size: I of one expert.
+        activation: "silu", "gelu" (erf), "gelu_tanh", "relu2" (squared relu), or "swiglu_oai":
+            `g = min(g, limit); u = clamp(u, -limit, limit); (u + 1) * g * sigmoid(alpha * g)`.
+        gated: `act(gate) * up` if True, else `act(up)` with w13 of I rows.
+        activation_limit: clamp of gate (from above) and up (both sides) before the activation;
+            None for no clamp. swiglu_oai defaults to 7.0.
+        activation_alpha: the slope inside swiglu_oai's sigmoid.
+        bias: the experts have biases b13 [E, 2I] and b2 [E, H].
+        dtype: of weights and activations: "bfloat16", "float16" or "float32" (torch dtypes accepted).
+        routing: a `Routing`, or a dict of its fields.
+        path: the checkpoint this description was read from; not part of equality.
+
+    Raises:
+        ConfigError: the field, its value and the bound.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str = "silu"
+    gated: bool = True
+    activation_limit: float | None = None
+    activation_alpha: float = 1.702
+    bias: bool = False
+    dtype: str = "bfloat16"
+    routing: Routing = field(default_factory=Routing)
+    path: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+            _positive_int(name, getattr(self, name))
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        if self.top_k > 127:
+            raise ConfigError(f"top_k={self.top_k} exceeds 127, the most a packed sort entry can hold")
+        _one_of("activation", self.activation, ACTIVATIONS)
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        _one_of("dtype", self.dtype, DTYPES)
+        if isinstance(self.routing, dict):
+            object.__setattr__(self, "routing", _build(Routing, self.routing, "routing"))
+        if not isinstance(self.routing, Routing):
+            raise ConfigError(f"routing={self.routing!r} must be a moert.Routing or a dict of its fields")
+        if self.activation == "swiglu_oai":
+            if not self.gated:
+                raise ConfigError("activation='swiglu_oai' needs gated=True: it combines gate and up")
+            if self.activation_limit is None:
+                object.__setattr__(self, "activation_limit", 7.0)
+        if self.activation_limit is not None and not self.activation_limit > 0:
+            raise ConfigError(f"activation_limit={self.activation_limit} must be > 0, or None for no clamp")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        r = self.routing
+        if self.num_experts % r.num_groups:
+            raise ConfigError(
+                f"routing.num_groups={r.num_groups} does not divide num_experts={self.num_experts}"
+            )
+        per_group = self.num_experts // r.num_groups
+        if self.top_k > per_group * r.top_groups:
+            raise ConfigError(
+                f"top_k={self.top_k} exceeds the {per_group * r.top_groups} experts of "
+                f"routing.top_groups={r.top_groups} groups of {per_group}"
+            )
+        if r.num_groups > 1 and r.group_score == "top2_sum" and per_group < 2:
+            raise ConfigError("routing.group_score='top2_sum' needs at least 2 experts a group")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def w13_rows(self) -> int:
+        """Rows of one expert's first matrix: gate rows then up rows (2I), or up rows alone (I)."""
+        return self.intermediate_size * (2 if self.gated else 1)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MoEConfig:
+        """Build from moert's own field names; a Hugging Face dict goes through `from_hf`."""
+        return _build(cls, fields, "config")
+
+    @classmethod
+    def from_hf(cls, hf_config: Any) -> MoEConfig:
+        """Build from a Hugging Face config object or its dict, any family in README's table."""
+        from moert.checkpoint.hf_config import config_from_hf
+
+        return config_from_hf(hf_config)
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> MoEConfig:
+        """Read `config.json` of a checkpoint directory; the config remembers the path.
+
+        Raises:
+            ConfigError: no such file, an unknown family, or contradictory fields.
+        """
+        from moert.checkpoint.hf_config import config_from_pretrained
+
+        return config_from_pretrained(path)
+
+
+def _build(cls: type, fields: dict[str, Any], what: str) -> Any:
+    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ConfigError(f"{what}: unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be an integer >= 1")

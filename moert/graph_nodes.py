@@ -1,0 +1,130 @@
+"""Kernel-node parameter updates of an instantiated CUDA/HIP graph, through the driver's C interface.
+
+A replayed graph keeps the argument values it was captured with. The driver lets one kernel node of an
+*instantiated* graph have its arguments replaced; launches already enqueued keep the old ones, later
+launches see the new ones (CUDA Driver API, section "Graph Management", `cuGraphExecKernelNodeSetParams`;
+HIP's twin is `hipGraphExecKernelNodeSetParams`). torch exposes the raw handles and nothing more, so the
+two structures and four functions needed are declared here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from moert.errors import StateError
+
+_KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL and hipGraphNodeTypeKernel
+
+
+class _CudaKernelNodeParams(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS_v2 (cuda.h, CUDA 12 and later)."""
+
+    _fields_ = [
+        ("func", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("kernel_params", ctypes.POINTER(ctypes.c_void_p)),
+        ("extra", ctypes.c_void_p),
+        ("kern", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    ]
+
+
+class _HipKernelNodeParams(ctypes.Structure):
+    """hipKernelNodeParams (hip_runtime_api.h, ROCm 6)."""
+
+    _fields_ = [
+        ("block", ctypes.c_uint * 3),
+        ("extra", ctypes.c_void_p),
+        ("func", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("kernel_params", ctypes.POINTER(ctypes.c_void_p)),
+        ("shared_bytes", ctypes.c_uint),
+    ]
+
+
+class GraphDriver:
+    """The four entry points, for CUDA (`libcuda`) or HIP (`libamdhip64`)."""
+
+    def __init__(self, hip: bool) -> None:
+        try:
+            self._lib = ctypes.CDLL("libamdhip64.so" if hip else "libcuda.so.1")
+            prefix, version = ("hip", "") if hip else ("cu", "_v2")
+            self._get_nodes = getattr(self._lib, f"{prefix}GraphGetNodes")
+            self._get_type = getattr(self._lib, f"{prefix}GraphNodeGetType")
+            self._get_params = getattr(self._lib, f"{prefix}GraphKernelNodeGetParams{version}")
+            self.set_params = getattr(self._lib, f"{prefix}GraphExecKernelNodeSetParams{version}")
+        except (OSError, AttributeError) as error:
+            raise StateError(f"graph driver: kernel-node updates are not available ({error})") from None
+        self.set_params.argtypes = [ctypes.c_void_p] * 3
+        self.params_type = _HipKernelNodeParams if hip else _CudaKernelNodeParams
+
+    def kernel_nodes(self, raw_graph: int) -> list[ctypes.c_void_p]:
+        """The kernel nodes of a captured graph in capture order.
+
+        Raises:
+            StateError: the graph holds anything but kernels.
+        """
+        graph, count = ctypes.c_void_p(raw_graph), ctypes.c_size_t(0)
+        self._check(self._get_nodes(graph, None, ctypes.byref(count)), "GraphGetNodes")
+        nodes = (ctypes.c_void_p * count.value)()
+        self._check(self._get_nodes(graph, nodes, ctypes.byref(count)), "GraphGetNodes")
+        for node in nodes:
+            kind = ctypes.c_int(-1)
+            self._check(self._get_type(ctypes.c_void_p(node), ctypes.byref(kind)), "GraphNodeGetType")
+            if kind.value != _KERNEL_NODE:
+                raise StateError(f"captured graph holds a node of type {kind.value}, need kernels only")
+        return [ctypes.c_void_p(node) for node in nodes]
+
+    def node_params(self, node: ctypes.c_void_p) -> ctypes.Structure:
+        params = self.params_type()
+        self._check(self._get_params(node, ctypes.byref(params)), "GraphKernelNodeGetParams")
+        return params
+
+    @staticmethod
+    def _check(code: int, what: str) -> None:
+        if code:
+            raise StateError(f"graph driver: {what} returned error {code}")
+
+
+class NodeUpdater:
+    """Rewrites chosen arguments of all kernel nodes of one instantiated graph from shared cells.
+
+    Args:
+        driver: the entry points.
+        raw_graph, raw_exec: `CUDAGraph.raw_cuda_graph()` and `.raw_cuda_graph_exec()`.
+        slots: for each kernel in capture order, {index of the argument among the compiled kernel's
+            parameters: the ctypes cell that holds its value}.
+    """
+
+    def __init__(
+        self,
+        driver: GraphDriver,
+        raw_graph: int,
+        raw_exec: int,
+        slots: Sequence[dict[int, ctypes._SimpleCData]],  # type: ignore[type-arg]
+        param_counts: Sequence[int],
+    ) -> None:
+        nodes = driver.kernel_nodes(raw_graph)
+        if len(nodes) != len(slots):
+            raise StateError(f"captured graph holds {len(nodes)} kernels, its plan names {len(slots)}")
+        self._set_params = driver.set_params
+        self._exec = ctypes.c_void_p(raw_exec)
+        self._cells = [dict(cells) for cells in slots]  # the driver reads them by address
+        self._calls = []
+        for node, cells, count in zip(nodes, slots, param_counts, strict=True):
+            params = driver.node_params(node)
+            pointers = (ctypes.c_void_p * count)(*[params.kernel_params[i] for i in range(count)])
+            for index, cell in cells.items():
+                pointers[index] = ctypes.addressof(cell)
+            params.kernel_params = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))
+            if cells:
+                self._calls.append((node, ctypes.byref(params), params, pointers))
+
+    def apply(self) -> None:
+        """Push the cells' present values into the instantiated graph."""
+        for node, params, *_ in self._calls:
+            if code := self._set_params(self._exec, node, params):
+                raise StateError(f"graph driver: GraphExecKernelNodeSetParams returned error {code}")
