@@ -26,7 +26,7 @@ fail() {
 # torch for the CPU: as +cpu from the configured index, else from PyTorch's own, else what there is.
 # The plain wheel for Linux on x86_64 brings gigabytes of CUDA along, so it comes last.
 install_torch() {
-    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check)
+    local pip=("$PYTHON" -m pip install -qq --disable-pip-version-check)
     if nvidia-smi -L >/dev/null 2>&1; then
         "${pip[@]}" "torch>=$TORCH"
         return
@@ -71,7 +71,7 @@ make_venv() {
     if [ "$(uname -sm)" = "Linux x86_64" ] && [ -n "$(missing "$PYTHON" triton)" ]; then
         wanted+=("triton==$TRITON")
     fi
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${wanted[@]}"
+    "$PYTHON" -m pip install -qq --disable-pip-version-check "${wanted[@]}"
     echo "$want" >"$stamp"
 }
 
