@@ -27,7 +27,8 @@ LAYERS = {
     "steps": ("steps",),
     "backends": ("backends",),
     "tuning": ("timing", "tuning"),
-    "graphs": ("graphs", "share", "streams"),
+    "share": ("streams", "share"),
+    "executors": ("graphs", "device_executor", "host_executor"),
     "runtime": ("runtime",),
     "surface": ("", "__main__", "cli", "integrations"),
 }
