@@ -29,7 +29,7 @@ LAYERS = {
     "tuning": ("timing", "tuning"),
     "share": ("streams", "share"),
     "executors": ("graphs", "device_executor", "host_executor"),
-    "runtime": ("runtime",),
+    "runtime": ("build", "runtime"),
     "surface": ("", "__main__", "cli", "integrations"),
 }
 
