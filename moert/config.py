@@ -57,7 +57,9 @@ class Routing:
                 f"routing.top_groups={self.top_groups} exceeds routing.num_groups={self.num_groups}"
             )
         if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
-            raise ConfigError(f"routing.scaling_factor={self.scaling_factor} must be finite and > 0")
+            raise ConfigError(
+                f"routing.scaling_factor={self.scaling_factor} must be finite and > 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +107,29 @@ class MoEConfig:
         if self.top_k > self.num_experts:
             raise ConfigError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
         if self.top_k > 127:
-            raise ConfigError(f"top_k={self.top_k} exceeds 127, the most a packed sort entry can hold")
+            raise ConfigError(
+                f"top_k={self.top_k} exceeds 127, the most a packed sort entry can hold"
+            )
         _one_of("activation", self.activation, ACTIVATIONS)
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         _one_of("dtype", self.dtype, DTYPES)
         if isinstance(self.routing, dict):
             object.__setattr__(self, "routing", _build(Routing, self.routing, "routing"))
         if not isinstance(self.routing, Routing):
-            raise ConfigError(f"routing={self.routing!r} must be a moert.Routing or a dict of its fields")
+            raise ConfigError(
+                f"routing={self.routing!r} must be a moert.Routing or a dict of its fields"
+            )
         if self.activation == "swiglu_oai":
             if not self.gated:
-                raise ConfigError("activation='swiglu_oai' needs gated=True: it combines gate and up")
+                raise ConfigError(
+                    "activation='swiglu_oai' needs gated=True: it combines gate and up"
+                )
             if self.activation_limit is None:
                 object.__setattr__(self, "activation_limit", 7.0)
         if self.activation_limit is not None and not self.activation_limit > 0:
-            raise ConfigError(f"activation_limit={self.activation_limit} must be > 0, or None for no clamp")
+            raise ConfigError(
+                f"activation_limit={self.activation_limit} must be > 0, or None for no clamp"
+            )
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -153,7 +163,8 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MoEConfig:
         """Build from moert's own field names; a Hugging Face dict goes through `from_hf`."""
-        return _build(cls, fields, "config")
+        cfg: MoEConfig = _build(cls, fields, "config")
+        return cfg
 
     @classmethod
     def from_hf(cls, hf_config: Any) -> MoEConfig:
@@ -178,7 +189,9 @@ def _build(cls: type, fields: dict[str, Any], what: str) -> Any:
     known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise ConfigError(f"{what}: unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}")
+        raise ConfigError(
+            f"{what}: unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}"
+        )
     try:
         return cls(**fields)
     except TypeError as error:
