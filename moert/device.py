@@ -50,7 +50,9 @@ def device_facts(device: torch.device) -> DeviceFacts:
     if device.type == "cpu":
         return DeviceFacts("cpu", "cpu", "", torch.get_num_threads(), 0, 1, 0, 0)
     if device.type != "cuda":
-        raise UnsupportedError(f"device={device}: moert runs on cpu and on cuda (NVIDIA or ROCm) devices")
+        raise UnsupportedError(
+            f"device={device}: moert runs on cpu and on cuda (NVIDIA or ROCm) devices"
+        )
     if not torch.cuda.is_available():
         raise UnsupportedError(f"device={device}: torch sees no GPU here; use device='cpu'")
     props = torch.cuda.get_device_properties(device)
@@ -78,10 +80,20 @@ KNOWN_DEVICES = {
     "sm_80": DeviceFacts("cuda", "NVIDIA A100", "sm_80", 108, 166912, 32, 40 << 20, 80 << 30),
     "sm_90": DeviceFacts("cuda", "NVIDIA H200", "sm_90", 132, 232448, 32, 60 << 20, 141 << 30),
     "sm_100": DeviceFacts("cuda", "NVIDIA B200", "sm_100", 148, 232448, 32, 126 << 20, 180 << 30),
-    "gfx90a": DeviceFacts("hip", "AMD Instinct MI250X", "gfx90a", 104, 65536, 64, 8 << 20, 64 << 30),
-    "gfx942": DeviceFacts("hip", "AMD Instinct MI300X", "gfx942", 304, 65536, 64, 32 << 20, 192 << 30),
-    "gfx950": DeviceFacts("hip", "AMD Instinct MI355X", "gfx950", 256, 163840, 64, 32 << 20, 288 << 30),
-    "gfx1100": DeviceFacts("hip", "AMD Radeon RX 7900 XTX", "gfx1100", 96, 65536, 32, 6 << 20, 24 << 30),
+    "gfx90a": DeviceFacts(
+        "hip", "AMD Instinct MI250X", "gfx90a", 104, 65536, 64, 8 << 20, 64 << 30
+    ),
+    "gfx942": DeviceFacts(
+        "hip", "AMD Instinct MI300X", "gfx942", 304, 65536, 64, 32 << 20, 192 << 30
+    ),
+    "gfx950": DeviceFacts(
+        "hip", "AMD Instinct MI355X", "gfx950", 256, 163840, 64, 32 << 20, 288 << 30
+    ),
+    "gfx1100": DeviceFacts(
+        "hip", "AMD Radeon RX 7900 XTX", "gfx1100", 96, 65536, 32, 6 << 20, 24 << 30
+    ),
     "gfx1151": DeviceFacts("hip", "AMD Radeon 8060S", "gfx1151", 40, 65536, 32, 2 << 20, 96 << 30),
-    "gfx1201": DeviceFacts("hip", "AMD Radeon RX 9070 XT", "gfx1201", 64, 65536, 32, 8 << 20, 16 << 30),
+    "gfx1201": DeviceFacts(
+        "hip", "AMD Radeon RX 9070 XT", "gfx1201", 64, 65536, 32, 8 << 20, 16 << 30
+    ),
 }

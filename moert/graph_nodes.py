@@ -4,7 +4,7 @@ A replayed graph keeps the argument values it was captured with. The driver lets
 *instantiated* graph have its arguments replaced; launches already enqueued keep the old ones, later
 launches see the new ones (CUDA Driver API, section "Graph Management", `cuGraphExecKernelNodeSetParams`;
 HIP's twin is `hipGraphExecKernelNodeSetParams`). torch exposes the raw handles and nothing more, so the
-two structures and four functions needed are declared here.
+two structures and few functions needed are declared here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _HipKernelNodeParams(ctypes.Structure):
 
 
 class GraphDriver:
-    """The four entry points, for CUDA (`libcuda`) or HIP (`libamdhip64`)."""
+    """The entry points, for CUDA (`libcuda`) or HIP (`libamdhip64`)."""
 
     def __init__(self, hip: bool) -> None:
         try:
@@ -56,9 +56,19 @@ class GraphDriver:
             self._get_type = getattr(self._lib, f"{prefix}GraphNodeGetType")
             self._get_params = getattr(self._lib, f"{prefix}GraphKernelNodeGetParams{version}")
             self.set_params = getattr(self._lib, f"{prefix}GraphExecKernelNodeSetParams{version}")
+            self.launch = getattr(self._lib, f"{prefix}GraphLaunch")
+            self._create_stream = getattr(
+                self._lib, "hipStreamCreateWithFlags" if hip else "cuStreamCreate"
+            )
+            self._destroy_stream = getattr(
+                self._lib, f"{prefix}StreamDestroy" + ("" if hip else "_v2")
+            )
         except (OSError, AttributeError) as error:
-            raise StateError(f"graph driver: kernel-node updates are not available ({error})") from None
+            raise StateError(
+                f"graph driver: kernel-node updates are not available ({error})"
+            ) from None
         self.set_params.argtypes = [ctypes.c_void_p] * 3
+        self.launch.argtypes = [ctypes.c_void_p] * 2
         self.params_type = _HipKernelNodeParams if hip else _CudaKernelNodeParams
 
     def kernel_nodes(self, raw_graph: int) -> list[ctypes.c_void_p]:
@@ -73,15 +83,29 @@ class GraphDriver:
         self._check(self._get_nodes(graph, nodes, ctypes.byref(count)), "GraphGetNodes")
         for node in nodes:
             kind = ctypes.c_int(-1)
-            self._check(self._get_type(ctypes.c_void_p(node), ctypes.byref(kind)), "GraphNodeGetType")
+            self._check(
+                self._get_type(ctypes.c_void_p(node), ctypes.byref(kind)), "GraphNodeGetType"
+            )
             if kind.value != _KERNEL_NODE:
-                raise StateError(f"captured graph holds a node of type {kind.value}, need kernels only")
+                raise StateError(
+                    f"captured graph holds a node of type {kind.value}, need kernels only"
+                )
         return [ctypes.c_void_p(node) for node in nodes]
 
     def node_params(self, node: ctypes.c_void_p) -> ctypes.Structure:
         params = self.params_type()
         self._check(self._get_params(node, ctypes.byref(params)), "GraphKernelNodeGetParams")
         return params
+
+    def create_blocking_stream(self) -> int:
+        """A stream that the legacy null stream waits for and that waits for the null stream."""
+        stream = ctypes.c_void_p()
+        self._check(self._create_stream(ctypes.byref(stream), ctypes.c_uint(0)), "StreamCreate")
+        assert stream.value is not None
+        return stream.value
+
+    def destroy_stream(self, stream: int) -> None:
+        self._check(self._destroy_stream(ctypes.c_void_p(stream)), "StreamDestroy")
 
     @staticmethod
     def _check(code: int, what: str) -> None:
@@ -109,7 +133,9 @@ class NodeUpdater:
     ) -> None:
         nodes = driver.kernel_nodes(raw_graph)
         if len(nodes) != len(slots):
-            raise StateError(f"captured graph holds {len(nodes)} kernels, its plan names {len(slots)}")
+            raise StateError(
+                f"captured graph holds {len(nodes)} kernels, its plan names {len(slots)}"
+            )
         self._set_params = driver.set_params
         self._exec = ctypes.c_void_p(raw_exec)
         self._cells = [dict(cells) for cells in slots]  # the driver reads them by address
@@ -127,4 +153,6 @@ class NodeUpdater:
         """Push the cells' present values into the instantiated graph."""
         for node, params, *_ in self._calls:
             if code := self._set_params(self._exec, node, params):
-                raise StateError(f"graph driver: GraphExecKernelNodeSetParams returned error {code}")
+                raise StateError(
+                    f"graph driver: GraphExecKernelNodeSetParams returned error {code}"
+                )

@@ -142,7 +142,9 @@ class CompiledLaunch:
         self._function = compiled.function
         self._metadata = compiled.packed_metadata
         self._tensors = [arg for arg in self._args if isinstance(arg, torch.Tensor)]  # kept alive
-        self._args = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in self._args]
+        self._args = [
+            arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in self._args
+        ]
 
     def run(self, values: Mapping[str, Any], tokens: int, stream: int) -> None:
         """Launch on a raw stream handle with the call's values; allocates no device memory."""

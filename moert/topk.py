@@ -31,11 +31,15 @@ def as_topk(topk: TopK | tuple[torch.Tensor, torch.Tensor]) -> TopK:
     if isinstance(topk, TopK):
         return topk
     if not (isinstance(topk, (tuple, list)) and len(topk) == 2):
-        raise InputError(f"topk: got {type(topk).__name__}, need TopK(weights, ids) or a pair of tensors")
+        raise InputError(
+            f"topk: got {type(topk).__name__}, need TopK(weights, ids) or a pair of tensors"
+        )
     first, second = topk
     for tensor in (first, second):
         if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"topk: got a {type(tensor).__name__} inside the pair, need two tensors")
+            raise InputError(
+                f"topk: got a {type(tensor).__name__} inside the pair, need two tensors"
+            )
     if second.dtype in ID_DTYPES and first.is_floating_point():
         return TopK(first, second)
     if first.dtype in ID_DTYPES and second.is_floating_point():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -172,6 +173,31 @@ class ExpertWeights:
         """The tensors that are there, by name."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in pairs if isinstance(value, torch.Tensor)}
+
+    def to(self, device: str | torch.device) -> ExpertWeights:
+        """The same weights on a device; itself where they are there already."""
+        target = torch.device(device)
+        moved: dict[str, Any] = {k: t.to(target) for k, t in self.tensors().items()}
+        return replace(self, **moved)
+
+    def copy_(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Copy new values into the tensors in place, all of them or none.
+
+        Raises:
+            WeightsError: a name that is not here, or another shape; nothing was changed.
+        """
+        mine = self.tensors()
+        for name, value in values.items():
+            if name not in mine:
+                raise WeightsError(f"{name}: not among these weights ({', '.join(mine)})")
+            if not isinstance(value, torch.Tensor) or value.shape != mine[name].shape:
+                given = (
+                    list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                )
+                raise WeightsError(f"{name}: got {given}, need {list(mine[name].shape)}")
+        with torch.no_grad():
+            for name, value in values.items():
+                mine[name].copy_(value)
 
     def check(self, cfg: MoEConfig) -> None:
         """Refuse weights that do not fit the description.

@@ -1,0 +1,107 @@
+"""What a backend offers the runtime: pure decisions before tokens arrive, programs that run after."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from moert.arena import Field
+from moert.call import Call
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.plan import Choice, Plan
+from moert.topk import TopK
+
+if TYPE_CHECKING:
+    from moert.weights import ExpertWeights
+
+
+class Program(ABC):
+    """One plan bound to weights and arena views: runs a checked call, allocates nothing."""
+
+    kernels: tuple[str, ...]
+
+    @abstractmethod
+    def run(self, call: Call, stream: int) -> None:
+        """Enqueue on a raw stream handle (ignored on the CPU)."""
+
+
+class Backend(ABC):
+    """One layer's computation for one configuration, weights and device.
+
+    Class attributes:
+        name: as in `MoERuntime(backend=...)`.
+        same_bits: sums have a fixed order.
+        uses_graphs: its programs can be captured.
+    """
+
+    name: ClassVar[str]
+    same_bits: ClassVar[bool] = True
+    uses_graphs: ClassVar[bool] = False
+
+    def __init__(self, cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts) -> None:
+        self.cfg = cfg
+        self.weights = weights
+        self.facts = facts
+
+    @staticmethod
+    @abstractmethod
+    def supports(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+        """None, or the reason why this backend cannot serve the configuration on the device."""
+
+    @abstractmethod
+    def default_choice(self, tokens: int) -> Choice:
+        """The heuristic choice for up to `tokens` rows; pure."""
+
+    @abstractmethod
+    def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
+        """Choices worth timing that fit the device, the default first; pure."""
+
+    @abstractmethod
+    def fields(self, tokens: int, choice: Choice) -> tuple[Field, ...]:
+        """Arena fields a program for this choice uses; pure."""
+
+    @abstractmethod
+    def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
+        """Kernel names in launch order: what a trace of one call shows; pure."""
+
+    def plan(self, tokens: int, captured: bool, choice: Choice, **provenance: Any) -> Plan:
+        """The plan for a choice; `provenance`: source, us, default_us of `Plan`."""
+        kernels, fields = self.kernels(tokens, choice), self.fields(tokens, choice)
+        return Plan(tokens, captured, choice, kernels, fields, **provenance)
+
+    @abstractmethod
+    def program(
+        self,
+        tokens: int,
+        choice: Choice,
+        views: dict[str, torch.Tensor],
+        *,
+        aligned: bool = True,
+        kernel_cache: dict[Any, Any] | None = None,
+    ) -> Program:
+        """Compile and bind. `kernel_cache` keeps compiled kernels between layers of one geometry.
+
+        Args:
+            aligned: call tensors are 16-byte aligned with row strides to match; False compiles the
+                variant that assumes nothing.
+        """
+
+    @abstractmethod
+    def router(
+        self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
+    ) -> Router:
+        """The routing step for up to `max_tokens` rows a call; `no_limit` stands for an absent live count."""
+
+
+class Router(ABC):
+    """Logits to ids and weights in preallocated buffers."""
+
+    @abstractmethod
+    def run(
+        self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, stream: int
+    ) -> None:
+        """Fill `out`, whose rows are as many as those of `logits`; rows from num_valid on are left alone."""

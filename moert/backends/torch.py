@@ -1,0 +1,91 @@
+"""The torch backend: the default on a CPU. Experts one after another on preallocated memory, same bits every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moert.arena import Field
+from moert.backends.base import Backend, Program, Router
+from moert.backends.torch_experts import TorchExperts
+from moert.call import Call
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.plan import Choice
+from moert.steps.routing.torch_ops import TorchRouter
+from moert.topk import TopK
+
+
+class TorchBackend(Backend):
+    """See the module docstring. Tokens are grouped by expert on the host, so there is nothing to choose."""
+
+    name = "torch"
+
+    @staticmethod
+    def supports(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+        if facts.kind != "cpu":
+            return "reads expert ids on the host, so it runs on a CPU only"
+        return None
+
+    def default_choice(self, tokens: int) -> Choice:
+        return Choice("none")
+
+    def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
+        return [Choice("none")]
+
+    def fields(self, tokens: int, choice: Choice) -> tuple[Field, ...]:
+        return tuple(Field(*field) for field in TorchExperts.scratch_fields(self.cfg, tokens))
+
+    def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
+        return ("torch_experts",)
+
+    def program(
+        self,
+        tokens: int,
+        choice: Choice,
+        views: dict[str, torch.Tensor],
+        *,
+        aligned: bool = True,
+        kernel_cache: dict[Any, Any] | None = None,
+    ) -> Program:
+        return TorchProgram(TorchExperts(self.cfg, self.weights, views))
+
+    def router(
+        self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
+    ) -> Router:
+        # its scratch is the share group's, so the layers share it too
+        if "torch_router" not in kernel_cache:
+            kernel_cache["torch_router"] = TorchRouter(self.cfg, max_tokens)
+        return HostRouter(kernel_cache["torch_router"], self.weights.correction_bias)
+
+
+class TorchProgram(Program):
+    """One `TorchExperts` on its arena views."""
+
+    kernels = ("torch_experts",)
+
+    def __init__(self, experts: TorchExperts) -> None:
+        self.experts = experts
+
+    def run(self, call: Call, stream: int) -> None:
+        weights, ids = call.topk
+        live = call.live_on_host()
+        self.experts.run(call.x, weights, ids, call.out, live, call.pad_zero)
+
+
+class HostRouter(Router):
+    """Routing on the CPU."""
+
+    def __init__(self, route: TorchRouter, correction_bias: torch.Tensor | None) -> None:
+        self._route, self._bias = route, correction_bias
+
+    def run(
+        self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, stream: int
+    ) -> None:
+        if num_valid is not None:
+            live = max(0, min(int(num_valid), logits.shape[0]))
+            logits, out = logits[:live], TopK(out.weights[:live], out.ids[:live])
+        if logits.shape[0]:
+            self._route(logits, out, self._bias)

@@ -1,0 +1,114 @@
+"""Routing on a GPU: one launch of the routing kernel, compiled at start-up for every logits dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.compiler import ASTSource
+
+from moert.backends.base import Router
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.steps.routing.triton import route_triton, routing_fwd_kernel, routing_launch
+from moert.topk import TopK
+
+_LOGITS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_TYPES = {
+    "weights_ptr": "*fp32",
+    "ids_ptr": "*i32",
+    "num_valid_ptr": "*i32",
+    "num_tokens": "i32",
+    "logits_stride": "i64",
+}
+
+
+class TritonRouter(Router):
+    """One per runtime; the compiled kernels are the share group's.
+
+    Args:
+        correction_bias: [E] or None, as the routing rule has it.
+        no_limit: int32 scalar on the device, read where the caller gives no live count.
+    """
+
+    def __init__(
+        self,
+        cfg: MoEConfig,
+        correction_bias: torch.Tensor | None,
+        no_limit: torch.Tensor,
+        kernel_cache: dict[Any, Any],
+    ) -> None:
+        self.cfg, self.no_limit = cfg, no_limit
+        self.bias = correction_bias if cfg.routing.correction_bias else None
+        self._kernels = {
+            (dtype, tokens > 4096): self._compiled(dtype, tokens, kernel_cache)
+            for dtype in _LOGITS
+            for tokens in (1, 4097)
+        }
+
+    def _compiled(self, dtype: torch.dtype, tokens: int, cache: dict[Any, Any]) -> Any:
+        _, constants, num_warps = routing_launch(self.cfg, tokens)
+        key = ("router", dtype, tuple(constants.items()), self.bias is None, num_warps)
+        if key not in cache:
+            signature, names = {}, routing_fwd_kernel.arg_names
+            if self.bias is None:
+                constants = {**constants, "bias_ptr": None}
+            for name in names:
+                signature[name] = "constexpr" if name in constants else _TYPES.get(name, "*fp32")
+            signature["logits_ptr"] = _LOGITS[dtype]
+            source = ASTSource(routing_fwd_kernel, signature, constants, {})
+            cache[key] = triton.compile(source, options={"num_warps": num_warps})
+            cache[key].run  # noqa: B018  loads the binary now, so that no call does
+        return cache[key]
+
+    def run(
+        self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, stream: int
+    ) -> None:
+        tokens = logits.shape[0]
+        grid, constants, _ = routing_launch(self.cfg, tokens)
+        kernel = self._kernels[logits.dtype, tokens > 4096]
+        kernel.run(
+            grid[0],
+            1,
+            1,
+            stream,
+            kernel.function,
+            kernel.packed_metadata,
+            None,
+            None,
+            None,
+            logits.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            out.weights.data_ptr(),
+            out.ids.data_ptr(),
+            (self.no_limit if num_valid is None else num_valid).data_ptr(),
+            tokens,
+            logits.stride(0),
+            *constants.values(),
+        )
+
+
+class InterpretedRouter(Router):
+    """The same kernel on CPU tensors under Triton's interpreter."""
+
+    def __init__(self, cfg: MoEConfig, correction_bias: torch.Tensor | None) -> None:
+        self.cfg, self.bias = cfg, correction_bias
+
+    def run(
+        self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, stream: int
+    ) -> None:
+        route_triton(logits, self.cfg, self.bias, out, num_valid)
+
+
+def make_router(
+    cfg: MoEConfig,
+    facts: DeviceFacts,
+    correction_bias: torch.Tensor | None,
+    no_limit: torch.Tensor,
+    kernel_cache: dict[Any, Any],
+) -> Router:
+    """The router for a device; on a CPU the interpreted one."""
+    if facts.kind == "cpu":
+        return InterpretedRouter(cfg, correction_bias)
+    return TritonRouter(cfg, correction_bias, no_limit, kernel_cache)

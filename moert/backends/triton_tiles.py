@@ -1,0 +1,120 @@
+"""Tile choice of the Triton backend: pure functions of (configuration, device facts, T).
+
+The heuristic is only where tuning starts: a bucket keeps it until something measured beats it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.plan import Choice, Tile
+
+DIRECT_ROWS = (
+    256  # past this many routed rows a direct plan re-reads weights too often to be worth timing
+)
+
+
+def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
+    """The choice made without measurement.
+
+    direct up to 4 tokens: routed rows of so few tokens are mostly alone with their expert (measured on an
+    H200 with E=128, K=8: sort and matrix units begin to pay between 4 and 8 tokens); then BM follows the
+    mean rows an expert gets, and one workgroup sorts while all routed rows fit it comfortably.
+    """
+    rows = tokens * cfg.top_k
+    if tokens <= 4 and rows <= 64:
+        return Choice("none", Tile(1, 8, _direct_bk(cfg.hidden_size)), _direct_down(cfg))
+    mean = rows / cfg.num_experts
+    bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
+    strategy = "one_shot" if rows <= 1024 else "multi_phase"
+    for bn, bk, warps, stages in _default_tiles(bm, facts):
+        tile = Tile(bm, bn, bk, warps, stages)
+        if _fits(tile, cfg, facts):
+            return Choice(strategy, tile, tile)
+    return Choice(strategy, Tile(16, 16, 32, 4, 1), Tile(16, 16, 32, 4, 1))
+
+
+def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int]]:
+    if bm >= 64:
+        return [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
+    deep = 4 if facts.kind == "cuda" else 2
+    return [(64, 128, 4, deep), (64, 64, 4, deep), (32, 64, 4, 2), (32, 32, 4, 1)]
+
+
+def _direct_bk(reduction: int) -> int:
+    return max(16, min(512, 1 << (reduction - 1).bit_length()))
+
+
+def _direct_down(cfg: MoEConfig) -> Tile:
+    return Tile(1, 8, max(16, min(256, 1 << (cfg.intermediate_size - 1).bit_length())))
+
+
+def _fits(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> bool:
+    return shared_bytes(tile, cfg) <= facts.shared_memory
+
+
+def shared_bytes(tile: Tile, cfg: MoEConfig) -> int:
+    """Shared memory of a grouped gate/up tile: `num_stages` copies of the x and w tiles.
+
+    Triton may keep one stage fewer, never more; the compiled kernel's own figure is checked again at
+    start-up.
+    """
+    width = tile.bn * (2 if cfg.gated else 1)
+    return max(tile.num_stages, 1) * tile.bk * (tile.bm + width) * cfg.torch_dtype.itemsize
+
+
+def candidates(
+    cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategies: Sequence[str]
+) -> list[Choice]:
+    """Choices worth timing, the default first, without repeats."""
+    found = {default_choice(cfg, facts, tokens): None}
+    rows = tokens * cfg.top_k
+    if "none" in strategies and rows <= DIRECT_ROWS:
+        found |= dict.fromkeys(_direct_candidates(cfg))
+    for strategy in strategies:
+        if strategy != "none":
+            found |= dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy))
+    return list(found)
+
+
+def _direct_candidates(cfg: MoEConfig) -> Iterator[Choice]:
+    up = [
+        Tile(1, bn, bk, warps, stages)
+        for bn, bk, warps, stages in (
+            (4, 512, 4, 2),
+            (8, 256, 4, 3),
+            (8, 512, 4, 2),
+            (8, 512, 8, 3),
+            (16, 256, 4, 3),
+            (16, 256, 8, 3),
+            (4, 1024, 4, 2),
+        )
+    ]
+    down = [
+        Tile(1, bn, bk, warps, 2)
+        for bn, bk, warps in (
+            (8, 256, 4),
+            (4, 256, 4),
+            (16, 256, 4),
+            (16, 128, 4),
+            (8, 512, 4),
+            (4, 1024, 8),
+        )
+    ]
+    yield from (Choice("none", a, down[0]) for a in up)
+    yield from (Choice("none", up[2], b) for b in down)
+
+
+def _grouped_candidates(
+    cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str
+) -> Iterator[Choice]:
+    mean = tokens * cfg.top_k / cfg.num_experts
+    sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(16, 4 * mean)][-3:]
+    shapes = ((32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3), (32, 256, 4, 3))
+    for bm, (bn, bk, warps, stages) in itertools.product(sizes, shapes):
+        tile = Tile(bm, bn, bk, warps, stages)
+        if _fits(tile, cfg, facts):
+            yield Choice(strategy, tile, tile)

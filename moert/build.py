@@ -1,0 +1,231 @@
+"""From what a user hands over to a layer that is ready: checks, backend, plans, arena, programs, graphs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moert.backends.base import Backend
+from moert.backends.registry import select_backend
+from moert.config import MoEConfig
+from moert.device import device_facts
+from moert.env import SORT_POLICIES, TUNE_MODES, Env, read_env
+from moert.errors import ConfigError, StateError, WeightsError
+from moert.host_executor import HostExecutor
+from moert.plan import PlanReport
+from moert.share import Options, ShareGroup
+from moert.weights import ExpertWeights
+
+log = logging.getLogger("moert")
+
+DEFAULT_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)
+DEFAULT_MAX_TOKENS = 4096
+GRAPH_MODES = ("own", "host", "off")
+
+
+@dataclass
+class Built:
+    """One ready layer: what it shares, and what is its own."""
+
+    group: ShareGroup
+    backend: Backend
+    weights: ExpertWeights
+    executor: Any
+    notes: tuple[str, ...]
+
+    def report(self) -> PlanReport:
+        group = self.group
+        graphs = group.options.graphs if self.backend.uses_graphs else "off"
+        return PlanReport(
+            self.backend.name,
+            self.backend.same_bits,
+            graphs,
+            (*self.notes, *group.notes),
+            group.plans,
+        )
+
+    def close(self) -> None:
+        if self.group.device.type == "cuda":
+            torch.cuda.synchronize(self.group.device)
+        self.executor.close()
+        self.group.leave()
+
+
+def resolve_config(model_cfg: Any) -> MoEConfig:
+    """A `MoEConfig` from itself, a dict, a Hugging Face config object, or a path.
+
+    Raises:
+        ConfigError: none of these, or a description that contradicts itself.
+    """
+    if isinstance(model_cfg, MoEConfig):
+        return model_cfg
+    if isinstance(model_cfg, (str, Path)):
+        return MoEConfig.from_pretrained(str(model_cfg))
+    if isinstance(model_cfg, Mapping):
+        # a config.json names its family; moert's own fields never do
+        hugging_face = "model_type" in model_cfg or "architectures" in model_cfg
+        return MoEConfig.from_hf(model_cfg) if hugging_face else MoEConfig.from_dict({**model_cfg})
+    if hasattr(model_cfg, "to_dict"):
+        return MoEConfig.from_hf(model_cfg)
+    raise ConfigError(
+        f"model_cfg: got {type(model_cfg).__name__}, need a MoEConfig, a dict, a Hugging Face config or "
+        "the path of a checkpoint"
+    )
+
+
+def build(
+    cfg: MoEConfig,
+    weights: ExpertWeights | None,
+    *,
+    layer: int | None,
+    device: torch.device | str | None,
+    backend: str | None,
+    max_tokens: int | None,
+    buckets: Sequence[int] | None,
+    graphs: str | None,
+    sort_policy: int | None,
+    tune: str | None,
+    share: Built | None,
+) -> Built:
+    """Build one layer; see `MoERuntime` for the arguments and errors."""
+    env = read_env()
+    if env.log_level is not None:
+        log.setLevel(env.log_level)
+    if share is not None:
+        given = {"max_tokens": max_tokens, "buckets": buckets, "graphs": graphs, "tune": tune}
+        given |= {"sort_policy": sort_policy, "backend": backend}
+        _check_share(cfg, share, given)
+        device = share.group.device if device is None else device
+    place = _device(device, weights)
+    if share is not None and place != share.group.device:
+        raise ConfigError(f"device={place}: the shared runtime is on {share.group.device}")
+    weights = _weights(cfg, weights, layer, place)
+    facts = device_facts(place)
+    if share is not None:
+        kind, notes = type(share.backend), share.notes
+        group = share.group
+    else:
+        kind, notes = select_backend(backend or env.backend or "auto", cfg, facts)
+        options = _options(env, max_tokens, buckets, graphs, sort_policy, tune, place)
+        group = ShareGroup(cfg, place, facts, options)
+    if place.type == "cuda":
+        with torch.cuda.device(place):
+            return _assemble(group, kind(cfg, weights, facts), weights, notes, env)
+    return _assemble(group, kind(cfg, weights, facts), weights, notes, env)
+
+
+def _assemble(
+    group: ShareGroup,
+    backend: Backend,
+    weights: ExpertWeights,
+    notes: tuple[str, ...],
+    env: Env,
+) -> Built:
+    if group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise StateError("MoERuntime: cannot be built while the current stream is capturing")
+    with group.lock:
+        if not group.plans:
+            group.plans = tuple(
+                backend.plan(tokens, captured, backend.default_choice(tokens))
+                for tokens, captured in _sizes(group.options)
+            )
+            group.make_arenas()
+        executor: Any
+        if group.device.type == "cuda":
+            from moert.device_executor import DeviceExecutor
+
+            executor = DeviceExecutor(group, backend)
+        else:
+            executor = HostExecutor(group, backend)
+        group.join()
+    return Built(group, backend, weights, executor, notes)
+
+
+def _sizes(options: Options) -> list[tuple[int, bool]]:
+    """(tokens, captured) of every plan: the buckets, then eager sizes doubling up to max_tokens."""
+    sizes = [(bucket, options.graphs == "own") for bucket in options.buckets]
+    tokens = options.buckets[-1]
+    while tokens < options.max_tokens:
+        tokens = min(2 * tokens, options.max_tokens)
+        sizes.append((tokens, False))
+    return sizes
+
+
+def _options(
+    env: Env,
+    max_tokens: int | None,
+    buckets: Sequence[int] | None,
+    graphs: str | None,
+    sort_policy: int | None,
+    tune: str | None,
+    device: torch.device,
+) -> Options:
+    most = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    if not isinstance(most, int) or isinstance(most, bool) or not 1 <= most < 2**24:
+        raise ConfigError(f"max_tokens={most!r} must be an integer in 1..{2**24 - 1}")
+    if buckets is None:
+        sizes = tuple(b for b in DEFAULT_BUCKETS if b <= most)
+    else:
+        sizes = tuple(buckets)
+        if not sizes or any(not isinstance(b, int) or not 1 <= b <= most for b in sizes):
+            raise ConfigError(f"buckets={sizes!r} must be integers in 1..max_tokens={most}")
+        sizes = tuple(sorted(set(sizes)))
+    mode = "own" if graphs is None else graphs
+    if mode not in GRAPH_MODES:
+        raise ConfigError(f"graphs={mode!r} is not one of {', '.join(GRAPH_MODES)}")
+    policy = env.sort_policy if sort_policy is None else sort_policy
+    policy = 0 if policy is None else policy
+    if policy not in SORT_POLICIES:
+        meanings = ", ".join(f"{number} ({name})" for number, name in SORT_POLICIES.items())
+        raise ConfigError(f"sort_policy={policy!r} is not one of {meanings}")
+    tuning = tune or env.tune or "auto"
+    if tuning not in TUNE_MODES:
+        raise ConfigError(f"tune={tuning!r} is not one of {', '.join(TUNE_MODES)}")
+    return Options(most, sizes, mode if device.type == "cuda" else "off", policy, tuning)
+
+
+def _check_share(cfg: MoEConfig, share: Built, given: dict[str, Any]) -> None:
+    set_anyway = [name for name, value in given.items() if value is not None]
+    if set_anyway:
+        raise ConfigError(
+            f"share: {', '.join(set_anyway)} come(s) from the shared runtime and cannot be given again"
+        )
+    if cfg != share.group.cfg:
+        raise ConfigError(
+            f"share: config {cfg} differs from the shared runtime's {share.group.cfg}"
+        )
+
+
+def _device(device: torch.device | str | None, weights: ExpertWeights | None) -> torch.device:
+    if device is not None:
+        place = torch.device(device)
+    elif weights is not None:
+        place = weights.device
+    else:
+        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
+def _weights(
+    cfg: MoEConfig, weights: ExpertWeights | None, layer: int | None, device: torch.device
+) -> ExpertWeights:
+    if weights is None:
+        if cfg.path is None:
+            raise WeightsError(
+                "weights: missing; give ExpertWeights.from_tensors(...), .random(cfg) or "
+                ".from_checkpoint(path, layer), or a checkpoint path with layer="
+            )
+        if layer is None:
+            raise WeightsError(f"layer: missing, need the number of a layer of {cfg.path}")
+        weights = ExpertWeights.from_checkpoint(cfg.path, layer, device, cfg=cfg)
+    elif not isinstance(weights, ExpertWeights):
+        raise WeightsError(f"weights: got {type(weights).__name__}, need an ExpertWeights")
+    weights.check(cfg)
+    return weights if weights.device == device else weights.to(device)

@@ -1,0 +1,262 @@
+"""Runs checked calls of one layer on a GPU: replays graphs, launches eagerly, or joins somebody's capture."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from moert.backends.base import Backend, Program
+from moert.backends.triton import CompiledProgram
+from moert.errors import StateError
+from moert.graph_nodes import GraphDriver
+from moert.graphs import CapturedPlan
+from moert.plan import Plan
+from moert.share import ShareGroup
+from moert.topk import TopK
+
+Admit = Callable[[], None]
+
+
+class DeviceExecutor:
+    """Programs and graphs of one layer, for every plan of its share group.
+
+    Args:
+        group: with plans and arenas made.
+        backend: bound to this layer's weights.
+    """
+
+    def __init__(self, group: ShareGroup, backend: Backend) -> None:
+        self.group, self.backend = group, backend
+        self.counts = {"replays": 0, "eager": 0, "captured": 0, "rebinds": 0}
+        assert group.arena is not None and group.order is not None
+        self._order, self._call = group.order, group.call
+        self._index = group.device.index
+        driver = triton.runtime.driver.active
+        self._current_stream = driver.get_current_stream
+        self._limits = [plan.tokens for plan in group.plans]
+        self._programs = [self._program(plan, group.arena) for plan in group.plans]
+        self._unaligned = self._program(group.plans[-1], group.arena, aligned=False)
+        self._foreign: list[Program] = []
+        self._foreign_unaligned: Program | None = None
+        if group.capture_arena is not None:
+            inside = [p for p in group.plans if p.tokens <= group.largest_bucket]
+            self._foreign = [self._program(plan, group.capture_arena) for plan in inside]
+            self._foreign_unaligned = self._program(inside[-1], group.capture_arena, aligned=False)
+        self._router = backend.router(
+            group.options.max_tokens, group.call.no_limit, group.kernel_cache
+        )
+        self._graphs: list[CapturedPlan | None] = [None] * len(group.plans)
+        self._by_tokens = [0] + [
+            bisect_left(self._limits, t) for t in range(1, group.options.max_tokens + 1)
+        ]
+        self._warm_up()
+        if group.options.graphs == "own":
+            self._capture()
+
+    def _program(self, plan: Plan, arena: Any, aligned: bool = True) -> Program:
+        views = arena.views(plan.fields)
+        return self.backend.program(
+            plan.tokens,
+            plan.choice,
+            views,
+            aligned=aligned,
+            kernel_cache=self.group.kernel_cache,
+        )
+
+    def run(
+        self,
+        key: Any,
+        admit: Admit,
+        x: torch.Tensor,
+        topk: TopK,
+        out: torch.Tensor,
+        num_valid: torch.Tensor | None,
+        pad_zero: bool,
+        capturing: bool,
+    ) -> None:
+        """Enqueue one call of 1..max_tokens rows on the current stream; the group's lock is held.
+
+        Args:
+            key: equal for two calls only if address, shape, stride and dtype of every tensor are.
+            admit: checks the call; not called where `key` was admitted before.
+            capturing: what `capturing()` said.
+        """
+        raw = self._current_stream(self._index)
+        if capturing:
+            admit()
+            self._join_capture(raw, x, topk, out, num_valid, pad_zero)
+            return
+        slot = self._by_tokens[x.shape[0]]
+        graph = self._graphs[slot]
+        call = self._call
+        if graph is None or graph.key != key:
+            admit()
+            call.set(x, topk, out, num_valid, pad_zero)
+            if graph is None or not call.aligned:
+                self._run_eager(raw, self._programs[slot])
+                return
+            graph.update()
+            graph.key = key
+            self.counts["rebinds"] += 1
+        if raw != self._order.last_raw:
+            self._order.switch(raw)
+        graph.launch(raw or self.group.null_stream)
+        if self._order.record_each:
+            self._order.record()
+        self.counts["replays"] += 1
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured, by somebody else.
+
+        Raises:
+            StateError: it is, and this runtime keeps no arena for that.
+        """
+        if not torch.cuda.is_current_stream_capturing():
+            return False
+        if not self._foreign:
+            raise StateError(
+                "the current stream is capturing and graphs='off' keeps no arena for that; use "
+                "graphs='own' or graphs='host'"
+            )
+        return True
+
+    def route(
+        self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, capturing: bool
+    ) -> None:
+        """Enqueue the routing of 1..max_tokens rows on the current stream; the group's lock is held."""
+        raw = self._current_stream(self._index)
+        if not capturing and raw != self._order.last_raw:
+            self._order.switch(raw)
+        self._router.run(logits, out, num_valid, raw)
+        if not capturing and self._order.record_each:
+            self._order.record()
+
+    def _run_eager(self, raw: int, program: Program) -> None:
+        if raw != self._order.last_raw:
+            self._order.switch(raw)
+        (program if self._call.aligned else self._unaligned).run(self._call, raw)
+        if self._order.record_each:
+            self._order.record()
+        self.counts["eager"] += 1
+
+    def _join_capture(
+        self,
+        raw: int,
+        x: torch.Tensor,
+        topk: TopK,
+        out: torch.Tensor,
+        num_valid: torch.Tensor | None,
+        pad_zero: bool,
+    ) -> None:
+        """Launch into the capture under way on the current stream: no sync, no events, second arena."""
+        group, tokens = self.group, x.shape[0]
+        if tokens > group.largest_bucket:
+            raise StateError(
+                f"forward: {tokens} tokens inside a capture, the arena for captures holds the largest "
+                f"bucket, {group.largest_bucket}; raise buckets="
+            )
+        self._call.set(x, topk, out, num_valid, pad_zero)
+        program = self._foreign[self._by_tokens[tokens]]
+        if not self._call.aligned:
+            assert self._foreign_unaligned is not None
+            program = self._foreign_unaligned
+        program.run(self._call, raw)
+        self.counts["captured"] += 1
+
+    def _warm_up(self) -> None:
+        """Load every kernel and run it once on the capture stream, so that later launches allocate nothing."""
+        stream = self.group.capture_stream
+        with torch.cuda.stream(stream):
+            rows = _WarmUpRows(self.group, self._limits[-1])
+            programs = [
+                *zip(self._programs, self._limits, strict=True),
+                *zip(self._foreign, self._limits, strict=False),
+                (self._unaligned, 1),
+                (self._foreign_unaligned, 1),
+            ]
+            for program, limit in programs:
+                if program is not None:
+                    self._call.set(*rows.first(limit), None, False)
+                    program.run(self._call, stream.cuda_stream)
+        stream.synchronize()
+
+    def _capture(self) -> None:
+        """One graph per bucket, largest first; each is replayed once so that it is resident."""
+        group = self.group
+        try:
+            group.driver = group.driver or GraphDriver(hip=group.facts.kind == "hip")
+            if not group.null_stream and group.facts.kind == "cuda":
+                group.null_stream = group.driver.create_blocking_stream()
+            free = torch.cuda.mem_get_info(group.device)[0]
+            rows = _WarmUpRows(group, group.largest_bucket)
+            for slot in reversed(range(len(group.plans))):
+                if group.plans[slot].captured:
+                    self._graphs[slot] = self._capture_one(slot, rows)
+            group.capture_stream.synchronize()
+            group.graph_bytes += max(0, free - torch.cuda.mem_get_info(group.device)[0])
+        except StateError as error:
+            self._graphs = [None] * len(group.plans)
+            group.notes.append(
+                f"no graphs on this device, kernels are launched one by one: {error}"
+            )
+
+    def _capture_one(self, slot: int, rows: _WarmUpRows) -> CapturedPlan:
+        group, plan, program = self.group, self.group.plans[slot], self._programs[slot]
+        assert isinstance(program, CompiledProgram) and group.driver is not None
+        stream = group.capture_stream
+        with torch.cuda.stream(stream):
+            first, second = rows.first(plan.tokens), rows.last(plan.tokens)
+            self._call.set(*first, None, False)
+            graph = CapturedPlan(program, plan.tokens, self._call, stream, group.pool, group.driver)
+            graph.launch(stream.cuda_stream)
+            if slot == 0:
+                # the driver really does update nodes: other addresses, same bits as an eager launch
+                self._call.set(*second, None, False)
+                program.run(self._call, stream.cuda_stream)
+                expected = second[2].clone()
+                second[2].fill_(float("nan"))
+                graph.update()
+                graph.launch(stream.cuda_stream)
+                if not torch.equal(second[2], expected):
+                    raise StateError("a replay with updated nodes differs from an eager launch")
+        return graph
+
+    def close(self) -> None:
+        for graph in self._graphs:
+            if graph is not None:
+                graph.close()
+        self._graphs, self._programs, self._foreign = [], [], []
+
+
+class _WarmUpRows:
+    """Random tensors of up to `tokens` rows for calls made at start-up; freed after it."""
+
+    def __init__(self, group: ShareGroup, tokens: int) -> None:
+        cfg, device = group.cfg, group.device
+        generator = torch.Generator(device).manual_seed(0)
+        # one row more, so that the last rows are at other addresses than the first
+        shape = (tokens + 1, cfg.hidden_size)
+        x = torch.randn(shape, generator=generator, device=device)
+        self.x = x.to(cfg.torch_dtype)
+        self.out = torch.empty_like(self.x)
+        scores = torch.rand(tokens + 1, cfg.num_experts, generator=generator, device=device)
+        self.ids = scores.topk(cfg.top_k, dim=1).indices.to(torch.int32)
+        self.weights = torch.full_like(self.ids, 1.0 / cfg.top_k, dtype=torch.float32)
+
+    def first(self, tokens: int) -> tuple[torch.Tensor, TopK, torch.Tensor]:
+        return (
+            self.x[:tokens],
+            TopK(self.weights[:tokens], self.ids[:tokens]),
+            self.out[:tokens],
+        )
+
+    def last(self, tokens: int) -> tuple[torch.Tensor, TopK, torch.Tensor]:
+        return (
+            self.x[-tokens:],
+            TopK(self.weights[-tokens:], self.ids[-tokens:]),
+            self.out[-tokens:],
+        )

@@ -1,0 +1,131 @@
+"""Plans: what was decided for each bucket before any token arrived. Pure data.
+
+A `Choice` is the part that tuning searches over and caches keep (strategy and tiles); a `Plan` adds the bucket,
+the kernels in launch order, the arena fields, and where the choice came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moert.arena import Field, layout
+
+STRATEGIES = ("none", "one_shot", "multi_phase")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Tile of one GEMM: BM rows, BN output columns, BK reduction columns; launch options."""
+
+    bm: int
+    bn: int
+    bk: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}/w{self.num_warps}s{self.num_stages}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Sorting strategy and tiles; None tiles on backends that have none to choose."""
+
+    strategy: str
+    gate_up: Tile | None = None
+    down: Tile | None = None
+
+    def __str__(self) -> str:
+        return f"{self.strategy} gate_up={self.gate_up} down={self.down}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Choice:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError: not a choice.
+        """
+        if data["strategy"] not in STRATEGIES:
+            raise ValueError(f"strategy={data['strategy']!r} is not one of {', '.join(STRATEGIES)}")
+        tiles = {k: None if data[k] is None else Tile(**data[k]) for k in ("gate_up", "down")}
+        for tile in filter(None, tiles.values()):
+            if not all(isinstance(v, int) and v > 0 for v in asdict(tile).values()):
+                raise ValueError(f"tile {tile} has a field that is no positive integer")
+        return cls(data["strategy"], **tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs for up to `tokens` rows.
+
+    Args:
+        tokens: the bucket B (captured), or the largest T of an eager range.
+        captured: replayed as a graph, else launched kernel by kernel.
+        choice: strategy and tiles.
+        kernels: kernel names in launch order: exactly what a trace of one call shows.
+        fields: the arena views it uses.
+        source: "heuristic", "shipped", "cache" or "tuned".
+        us: measured device time of one call in microseconds, where it was measured.
+        default_us: the same for the heuristic choice.
+    """
+
+    tokens: int
+    captured: bool
+    choice: Choice
+    kernels: tuple[str, ...]
+    fields: tuple[Field, ...]
+    source: str = "heuristic"
+    us: float | None = None
+    default_us: float | None = None
+
+    @property
+    def scratch_bytes(self) -> int:
+        return layout(self.fields)[1]
+
+    @property
+    def margin(self) -> float | None:
+        """How much faster than the heuristic default, as a fraction of its time."""
+        if self.us is None or not self.default_us:
+            return None
+        return 1.0 - self.us / self.default_us
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """All plans of a runtime, with what holds for all of them; `str()` is a table."""
+
+    backend: str
+    same_bits: bool
+    graphs: str
+    notes: tuple[str, ...]
+    plans: tuple[Plan, ...]
+
+    def __iter__(self) -> Any:
+        return iter(self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def for_tokens(self, tokens: int) -> Plan:
+        """The plan that a call of `tokens` rows runs (the largest one's chunks beyond the last)."""
+        return next((p for p in self.plans if p.tokens >= tokens), self.plans[-1])
+
+    def __str__(self) -> str:
+        bits = "same bits every time" if self.same_bits else "sums in no fixed order"
+        lines = [f"backend {self.backend}, graphs {self.graphs}, {bits}"]
+        lines += [f"note: {note}" for note in self.notes]
+        head = f"{'tokens':>7} {'run as':<7} {'source':<9} {'us':>8} {'margin':>7} {'scratch':>11}  choice"
+        lines.append(head)
+        for p in self.plans:
+            us = "-" if p.us is None else f"{p.us:.1f}"
+            margin = "-" if p.margin is None else f"{p.margin:.0%}"
+            how = "graph" if p.captured else "eager"
+            lines.append(
+                f"{p.tokens:>7} {how:<7} {p.source:<9} {us:>8} {margin:>7} {p.scratch_bytes:>11}  "
+                f"{p.choice}; {', '.join(p.kernels)}"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""What the layers of one model share: arena, output buffers, compiled kernels, plans, order on the device."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moert.arena import Arena
+from moert.call import Call
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.graph_nodes import GraphDriver
+from moert.plan import Plan
+from moert.streams import StreamOrder
+from moert.topk import TopK
+
+NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a runtime that everything sharing with it has too."""
+
+    max_tokens: int
+    buckets: tuple[int, ...]
+    graphs: str
+    sort_policy: int
+    tune: str
+
+
+class ShareGroup:
+    """One per set of runtimes that share; freed with the last of them.
+
+    Two alternating output buffers: a result stays valid until the call after next of the group.
+    """
+
+    def __init__(
+        self, cfg: MoEConfig, device: torch.device, facts: DeviceFacts, options: Options
+    ) -> None:
+        self.cfg, self.device, self.facts, self.options = cfg, device, facts, options
+        self.lock = threading.RLock()
+        self.kernel_cache: dict[Any, Any] = {}
+        self.plans: tuple[Plan, ...] = ()
+        self.members = 0
+        self.graph_bytes = 0
+        self.notes: list[str] = []
+        self.joins_captures = device.type == "cuda" and options.graphs != "off"
+        self.results = ResultBuffers(cfg, device, options.max_tokens)
+        # calls inside somebody else's capture have results of their own: replaying that graph later must
+        # not meet what the runtime itself returned
+        self.captured_results = ResultBuffers(
+            cfg, device, self.largest_bucket if self.joins_captures else 0
+        )
+        self._scalars = torch.tensor([NO_LIMIT, 0], dtype=torch.int32, device=device)
+        self.chunk_live = self._scalars[1]
+        self.call = Call(self._scalars[0], 16 if cfg.hidden_size % 16 == 0 else 1)
+        self.arena: Arena | None = None
+        self.capture_arena: Arena | None = None
+        self.order: StreamOrder | None = None
+        self.driver: GraphDriver | None = None
+        self.null_stream = 0
+        if device.type == "cuda":
+            self.order = StreamOrder(device)
+            self.capture_stream = torch.cuda.Stream(device)
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def make_arenas(self) -> None:
+        """Allocate the arena for the largest plan, and the one for captures by others."""
+        self.arena = Arena(self.device, max(plan.scratch_bytes for plan in self.plans))
+        if self.joins_captures:
+            inside = [p.scratch_bytes for p in self.plans if p.tokens <= self.largest_bucket]
+            self.capture_arena = Arena(self.device, max(inside))
+
+    @property
+    def largest_bucket(self) -> int:
+        return self.options.buckets[-1]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose; graphs as the device's own free-memory figure told at capture."""
+        return {
+            "arena": self.arena.nbytes if self.arena else 0,
+            "capture_arena": self.capture_arena.nbytes if self.capture_arena else 0,
+            "results": self.results.nbytes + self.captured_results.nbytes,
+            "graphs": self.graph_bytes,
+        }
+
+    def join(self) -> None:
+        self.members += 1
+
+    def leave(self) -> None:
+        """The last member frees everything."""
+        self.members -= 1
+        if self.members:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.null_stream and self.driver is not None:
+            self.driver.destroy_stream(self.null_stream)
+            self.null_stream = 0
+        self.arena = self.capture_arena = None
+        self.kernel_cache.clear()
+        self.results = self.captured_results = ResultBuffers(self.cfg, self.device, 0)
+
+
+class ResultBuffers:
+    """What `forward` without out= and `route` return: two buffers each, taken in turn.
+
+    Args:
+        rows: the most tokens of a call.
+    """
+
+    def __init__(self, cfg: MoEConfig, device: torch.device, rows: int) -> None:
+        outputs = (2, rows, cfg.hidden_size)
+        self._outputs = torch.empty(outputs, dtype=cfg.torch_dtype, device=device)
+        self._weights = torch.empty(2, rows, cfg.top_k, dtype=torch.float32, device=device)
+        self._ids = torch.empty(2, rows, cfg.top_k, dtype=torch.int32, device=device)
+        self._output_views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._topk_views: dict[int, tuple[TopK, TopK]] = {}
+        self._output_turn = self._topk_turn = 0
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self._outputs, self._weights, self._ids)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def peek_output(self, tokens: int) -> torch.Tensor:
+        """The next result, [tokens, H]; no storage is allocated."""
+        views = self._output_views.get(tokens)
+        if views is None:
+            views = (self._outputs[0, :tokens], self._outputs[1, :tokens])
+            self._output_views[tokens] = views
+        return views[self._output_turn]
+
+    def take_output(self) -> None:
+        """The peeked result is the caller's now; the other buffer is next."""
+        self._output_turn ^= 1
+
+    def next_topk(self, tokens: int) -> TopK:
+        """The next routing, [tokens, K] fp32 and int32."""
+        self._topk_turn ^= 1
+        views = self._topk_views.get(tokens)
+        if views is None:
+            first, second = (TopK(self._weights[i, :tokens], self._ids[i, :tokens]) for i in (0, 1))
+            views = self._topk_views[tokens] = (first, second)
+        return views[self._topk_turn]
