@@ -35,12 +35,14 @@ def make_inputs(cfg: MoEConfig, tokens: int, seed: int = 0) -> tuple[torch.Tenso
     return x, TopK(*scores.topk(cfg.top_k))
 
 
-def make_experts(cfg: MoEConfig, weights: ExpertWeights, tokens: int) -> TorchExperts:
+def make_experts(
+    cfg: MoEConfig, weights: ExpertWeights, tokens: int, like: TorchExperts | None = None
+) -> TorchExperts:
     """On an arena full of NaN and -1."""
     fields = TorchExperts.scratch_fields(cfg, tokens)
     arena = Arena(torch.device("cpu"), layout(fields)[1])
     arena.poison()
-    return TorchExperts(cfg, weights, arena.views(fields))
+    return TorchExperts(cfg, weights, arena.views(fields), like)
 
 
 def run_experts(experts: TorchExperts, x: torch.Tensor, topk: TopK) -> torch.Tensor:

@@ -183,7 +183,8 @@ def test_same_bits(dtype: str) -> None:
         assert torch.equal(run_experts(first, x, topk), expected)
         shifted = torch.empty(tokens * 66 + 1, dtype=x.dtype)[1:].view(tokens, 66).copy_(x)
         assert shifted.data_ptr() % 8
-        second = make_experts(cfg, weights, 40)
+        second = make_experts(cfg, weights, 40, like=first)
+        assert second.linear2.weight_t is first.linear2.weight_t
         run_experts(second, *make_inputs(cfg, 37, seed=9))
         assert torch.equal(run_experts(second, shifted, topk), expected)
 

@@ -35,16 +35,22 @@ class TorchExperts:
         cfg: the layer.
         weights: its tensors; only viewed, so that in-place updates are seen.
         scratch: a contiguous CPU tensor for each of `scratch_fields(cfg, tokens)`, of any content.
+        like: another one of the same weights; its views of them, a kilobyte an expert, serve both.
     """
 
     def __init__(
-        self, cfg: MoEConfig, weights: ExpertTensors, scratch: dict[str, torch.Tensor]
+        self,
+        cfg: MoEConfig,
+        weights: ExpertTensors,
+        scratch: dict[str, torch.Tensor],
+        like: TorchExperts | None = None,
     ) -> None:
         self.cfg = cfg
         self.interleaved = weights.interleaved
         self.scratch = scratch
-        self.linear13 = ExpertLinear(weights.w13, weights.b13, scratch)
-        self.linear2 = ExpertLinear(weights.w2, weights.b2, scratch)
+        linear13, linear2 = (like.linear13, like.linear2) if like else (None, None)
+        self.linear13 = ExpertLinear(weights.w13, weights.b13, scratch, linear13)
+        self.linear2 = ExpertLinear(weights.w2, weights.b2, scratch, linear2)
         self.bounds = torch.arange(cfg.num_experts + 1) << KEY_SHIFT
         self.alpha = torch.tensor(cfg.activation_alpha, dtype=torch.float32)
         # numpy has what torch lacks: a sort in place and cheaper calls on few integers

@@ -54,15 +54,23 @@ class ExpertLinear:
         weight: [E, N, K], N or K contiguous; only viewed, so that in-place updates are seen.
         bias: [E, N] of the same dtype or float32, or None.
         scratch: the tensors that `linear_fields` names.
+        like: another one of the same tensors; its views serve both.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, scratch: dict[str, torch.Tensor]
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scratch: dict[str, torch.Tensor],
+        like: ExpertLinear | None = None,
     ) -> None:
         _, self.n, self.k = weight.shape
-        self.weight = weight.detach().unbind(0)  # E x [N, K]
-        self.weight_t = [w.t() for w in self.weight]  # E x [K, N]
-        self.bias = None if bias is None else bias.detach().unbind(0)
+        if like is None:
+            self.weight = weight.detach().unbind(0)  # E x [N, K]
+            self.weight_t = [w.t() for w in self.weight]  # E x [K, N]
+            self.bias = None if bias is None else bias.detach().unbind(0)
+        else:
+            self.weight, self.weight_t, self.bias = like.weight, like.weight_t, like.bias
         self.bias_row = scratch["linear_bias"][: self.n]
         self.converts_bias = bias is not None and bias.dtype != weight.dtype
         self.scratch = scratch
