@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from moert.call import Key
 from moert.config import MoEConfig
 from moert.errors import InputError
 from moert.topk import ID_DTYPES, TopK
@@ -41,6 +44,43 @@ def check_forward(
         check_num_valid(device, num_valid)
     if pad not in PADS:
         raise InputError(f"pad: got {pad!r}, need one of {', '.join(PADS)}")
+
+
+def plainly_fine(cfg: MoEConfig, index: int, key: Key, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a call needs no closer look: what `check_forward` would find, in a microsecond.
+
+    False only means that `check_forward` has to decide (it alone raises).
+
+    Args:
+        index: of the GPU that all tensors must be on.
+        key: `call_key` of the call.
+        tensors: x, out, topk.weights, topk.ids.
+    """
+    x_ptr, out_ptr, weights_ptr, ids_ptr, x_shape, out_shape, weights_shape, ids_shape = key[:8]
+    x_stride, out_stride, weights_stride, ids_stride, x_dtype, out_dtype = key[8:14]
+    tokens, dtype = x_shape[0], cfg.torch_dtype
+    # extents from the first to behind the last row
+    x_end = x_ptr + tokens * x_stride[0] * dtype.itemsize
+    out_end = out_ptr + tokens * out_stride[0] * dtype.itemsize
+    return (
+        x_shape == out_shape == (tokens, cfg.hidden_size)
+        and weights_shape == ids_shape == (tokens, cfg.top_k)
+        and x_stride[1] == out_stride[1] == weights_stride[1] == ids_stride[1] == 1
+        and x_stride[0] >= cfg.hidden_size <= out_stride[0]
+        and weights_stride[0] >= cfg.top_k <= ids_stride[0]
+        and x_dtype is out_dtype is dtype
+        and (key[14] is torch.float32 or key[14] is dtype)
+        and key[15] in ID_DTYPES
+        and not key[16]
+        and key[17] in PADS
+        and key[18] is None
+        and (out_end <= x_ptr or x_end <= out_ptr)
+        and not out_ptr <= weights_ptr < out_end
+        and not out_ptr <= ids_ptr < out_end
+        and not weights_ptr <= out_ptr < weights_ptr + 4 * tokens * weights_stride[0]
+        and not ids_ptr <= out_ptr < ids_ptr + 8 * tokens * ids_stride[0]
+        and all(tensor.get_device() == index for tensor in tensors)
+    )
 
 
 def check_num_valid(device: torch.device, num_valid: torch.Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ import triton
 
 from moert.backends.base import Backend, Program
 from moert.backends.triton import CompiledProgram
+from moert.call import Key, call_key
+from moert.checks import check_forward, plainly_fine
 from moert.errors import StateError
 from moert.graph_nodes import GraphDriver
 from moert.graphs import CapturedPlan
 from moert.plan import Plan
 from moert.share import ShareGroup
 from moert.topk import TopK
-
-Admit = Callable[[], None]
 
 
 class DeviceExecutor:
@@ -50,12 +49,13 @@ class DeviceExecutor:
             group.options.max_tokens, group.call.no_limit, group.kernel_cache
         )
         self._graphs: list[CapturedPlan | None] = [None] * len(group.plans)
-        self._by_tokens = [0] + [
+        self._slot_of = [0] + [
             bisect_left(self._limits, t) for t in range(1, group.options.max_tokens + 1)
         ]
         self._warm_up()
         if group.options.graphs == "own":
             self._capture()
+        self._null_stream = group.null_stream
 
     def _program(self, plan: Plan, arena: Any, aligned: bool = True) -> Program:
         views = arena.views(plan.fields)
@@ -69,34 +69,32 @@ class DeviceExecutor:
 
     def run(
         self,
-        key: Any,
-        admit: Admit,
+        key: Key,
         x: torch.Tensor,
         topk: TopK,
         out: torch.Tensor,
         num_valid: torch.Tensor | None,
-        pad_zero: bool,
         capturing: bool,
     ) -> None:
-        """Enqueue one call of 1..max_tokens rows on the current stream; the group's lock is held.
+        """Enqueue one call of up to max_tokens rows on the current stream; the group's lock is held.
 
         Args:
-            key: equal for two calls only if address, shape, stride and dtype of every tensor are.
-            admit: checks the call; not called where `key` was admitted before.
+            key: the call's `call_key`; a replay of the key a graph holds is neither checked nor bound.
             capturing: what `capturing()` said.
         """
-        raw = self._current_stream(self._index)
-        if capturing:
-            admit()
-            self._join_capture(raw, x, topk, out, num_valid, pad_zero)
-            return
-        slot = self._by_tokens[x.shape[0]]
+        slot = self._slot_of[key[4][0]] if key[4] else 0
         graph = self._graphs[slot]
-        call = self._call
-        if graph is None or graph.key != key:
-            admit()
-            call.set(x, topk, out, num_valid, pad_zero)
-            if graph is None or not call.aligned:
+        raw = self._current_stream(self._index)
+        if graph is None or graph.key != key or capturing:
+            if not plainly_fine(self.group.cfg, self._index, key, (x, out, *topk)):
+                check_forward(self.group.cfg, self.group.device, x, topk, out, num_valid, key[17])
+            if not key[4][0]:
+                return
+            self._call.set(key, x, topk, out, num_valid)
+            if capturing:
+                self._join_capture(raw, slot)
+                return
+            if graph is None or not self._call.aligned:
                 self._run_eager(raw, self._programs[slot])
                 return
             graph.update()
@@ -104,7 +102,7 @@ class DeviceExecutor:
             self.counts["rebinds"] += 1
         if raw != self._order.last_raw:
             self._order.switch(raw)
-        graph.launch(raw or self.group.null_stream)
+        graph.launch(raw or self._null_stream)
         if self._order.record_each:
             self._order.record()
         self.counts["replays"] += 1
@@ -143,24 +141,15 @@ class DeviceExecutor:
             self._order.record()
         self.counts["eager"] += 1
 
-    def _join_capture(
-        self,
-        raw: int,
-        x: torch.Tensor,
-        topk: TopK,
-        out: torch.Tensor,
-        num_valid: torch.Tensor | None,
-        pad_zero: bool,
-    ) -> None:
+    def _join_capture(self, raw: int, slot: int) -> None:
         """Launch into the capture under way on the current stream: no sync, no events, second arena."""
-        group, tokens = self.group, x.shape[0]
+        group, tokens = self.group, self._call.tokens
         if tokens > group.largest_bucket:
             raise StateError(
                 f"forward: {tokens} tokens inside a capture, the arena for captures holds the largest "
                 f"bucket, {group.largest_bucket}; raise buckets="
             )
-        self._call.set(x, topk, out, num_valid, pad_zero)
-        program = self._foreign[self._by_tokens[tokens]]
+        program = self._foreign[slot]
         if not self._call.aligned:
             assert self._foreign_unaligned is not None
             program = self._foreign_unaligned
@@ -180,7 +169,7 @@ class DeviceExecutor:
             ]
             for program, limit in programs:
                 if program is not None:
-                    self._call.set(*rows.first(limit), None, False)
+                    self._set(*rows.first(limit))
                     program.run(self._call, stream.cuda_stream)
         stream.synchronize()
 
@@ -210,12 +199,12 @@ class DeviceExecutor:
         stream = group.capture_stream
         with torch.cuda.stream(stream):
             first, second = rows.first(plan.tokens), rows.last(plan.tokens)
-            self._call.set(*first, None, False)
+            self._set(*first)
             graph = CapturedPlan(program, plan.tokens, self._call, stream, group.pool, group.driver)
             graph.launch(stream.cuda_stream)
             if slot == 0:
                 # the driver really does update nodes: other addresses, same bits as an eager launch
-                self._call.set(*second, None, False)
+                self._set(*second)
                 program.run(self._call, stream.cuda_stream)
                 expected = second[2].clone()
                 second[2].fill_(float("nan"))
@@ -224,6 +213,9 @@ class DeviceExecutor:
                 if not torch.equal(second[2], expected):
                     raise StateError("a replay with updated nodes differs from an eager launch")
         return graph
+
+    def _set(self, x: torch.Tensor, topk: TopK, out: torch.Tensor) -> None:
+        self._call.set(call_key(x, topk, out, None, "keep"), x, topk, out, None)
 
     def close(self) -> None:
         for graph in self._graphs:

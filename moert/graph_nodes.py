@@ -114,13 +114,14 @@ class GraphDriver:
 
 
 class NodeUpdater:
-    """Rewrites chosen arguments of all kernel nodes of one instantiated graph from shared cells.
+    """Rewrites chosen arguments of all kernel nodes of one instantiated graph from fixed addresses.
 
     Args:
         driver: the entry points.
         raw_graph, raw_exec: `CUDAGraph.raw_cuda_graph()` and `.raw_cuda_graph_exec()`.
         slots: for each kernel in capture order, {index of the argument among the compiled kernel's
-            parameters: the ctypes cell that holds its value}.
+            parameters: address of its value}; the memory must outlive this object.
+        param_counts: how many parameters each compiled kernel takes.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class NodeUpdater:
         driver: GraphDriver,
         raw_graph: int,
         raw_exec: int,
-        slots: Sequence[dict[int, ctypes._SimpleCData]],  # type: ignore[type-arg]
+        slots: Sequence[dict[int, int]],
         param_counts: Sequence[int],
     ) -> None:
         nodes = driver.kernel_nodes(raw_graph)
@@ -138,19 +139,18 @@ class NodeUpdater:
             )
         self._set_params = driver.set_params
         self._exec = ctypes.c_void_p(raw_exec)
-        self._cells = [dict(cells) for cells in slots]  # the driver reads them by address
         self._calls = []
-        for node, cells, count in zip(nodes, slots, param_counts, strict=True):
+        for node, addresses, count in zip(nodes, slots, param_counts, strict=True):
             params = driver.node_params(node)
             pointers = (ctypes.c_void_p * count)(*[params.kernel_params[i] for i in range(count)])
-            for index, cell in cells.items():
-                pointers[index] = ctypes.addressof(cell)
+            for index, address in addresses.items():
+                pointers[index] = address
             params.kernel_params = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))
-            if cells:
+            if addresses:
                 self._calls.append((node, ctypes.byref(params), params, pointers))
 
     def apply(self) -> None:
-        """Push the cells' present values into the instantiated graph."""
+        """Push the present values into the instantiated graph."""
         for node, params, *_ in self._calls:
             if code := self._set_params(self._exec, node, params):
                 raise StateError(

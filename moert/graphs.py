@@ -30,6 +30,7 @@ from moert.backends.triton import CompiledProgram
 from moert.call import Call
 from moert.errors import StateError
 from moert.graph_nodes import GraphDriver, NodeUpdater
+from moert.launch import CompiledLaunch
 
 
 def parameter_count(compiled: Any) -> int:
@@ -46,7 +47,7 @@ class CapturedPlan:
     Args:
         program: the launches; captured as they are.
         bucket: B, the grid is captured for; any T <= B can be replayed.
-        call: the share group's call, whose cells the nodes are updated from.
+        call: the share group's call, from whose packed values the nodes are updated.
         stream: the capture stream, on which the program has been warmed up.
         pool: memory pool handle shared by all graphs (they own nothing).
         driver: for parameter updates and launches.
@@ -69,7 +70,7 @@ class CapturedPlan:
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 for launch in program.launches:
-                    launch.run(call.cells, bucket, stream.cuda_stream)
+                    launch.run(call.values, bucket, stream.cuda_stream)
             finally:
                 self._graph.capture_end()
         self._graph.instantiate()
@@ -78,18 +79,18 @@ class CapturedPlan:
             driver,
             self._graph.raw_cuda_graph(),
             self._graph.raw_cuda_graph_exec(),
-            [self._cells(launch, call) for launch in program.launches],
+            [self._addresses(launch, call) for launch in program.launches],
             [parameter_count(launch.compiled) for launch in program.launches],
         )
         self._launch = driver.launch
 
     @staticmethod
-    def _cells(launch: Any, call: Call) -> dict[int, Any]:
+    def _addresses(launch: CompiledLaunch, call: Call) -> dict[int, int]:
         parameters = launch.parameters
-        return {parameters.index(name): call.cells[name] for _, name in launch.call_slots}
+        return {parameters.index(name): call.address(name) for name in launch.call_args}
 
     def update(self) -> None:
-        """Rewrite the nodes' arguments from the call's cells."""
+        """Rewrite the nodes' arguments from the call's packed values."""
         self.key = None
         self._updater.apply()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from moert.backends.base import Backend
+from moert.call import Key
+from moert.checks import check_forward
 from moert.share import ShareGroup
 from moert.topk import TopK
 
@@ -37,21 +37,20 @@ class HostExecutor:
 
     def run(
         self,
-        key: Any,
-        admit: Callable[[], None],
+        key: Key,
         x: torch.Tensor,
         topk: TopK,
         out: torch.Tensor,
         num_valid: torch.Tensor | None,
-        pad_zero: bool,
-        capturing: bool = False,
+        capturing: bool,
     ) -> None:
-        """Compute one call of 1..max_tokens rows; arguments as for `DeviceExecutor.run`."""
-        admit()
-        call = self.group.call
-        call.set(x, topk, out, num_valid, pad_zero)
-        self._programs[bisect_left(self._limits, x.shape[0])].run(call, 0)
-        self.counts["eager"] += 1
+        """Compute one call of up to max_tokens rows; arguments as for `DeviceExecutor.run`."""
+        group = self.group
+        check_forward(group.cfg, group.device, x, topk, out, num_valid, key[17])
+        if x.shape[0]:
+            group.call.set(key, x, topk, out, num_valid)
+            self._programs[bisect_left(self._limits, x.shape[0])].run(group.call, 0)
+            self.counts["eager"] += 1
 
     def capturing(self) -> bool:
         """There are no captures on a CPU."""

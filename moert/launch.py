@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
+from moert.call import POSITION
 from moert.steps.call_args import CALL_ARGS
 
 Grid = tuple[int, int, int]
@@ -132,11 +133,10 @@ class CompiledLaunch:
         self._args: list[Any] = [
             launch.constants.get(name, launch.args.get(name)) for name in self.arg_names
         ]
-        self.call_slots = [
-            (index, name)
-            for index, name in enumerate(self.arg_names)
-            if name in CALL_ARGS and name not in launch.constants
+        self.call_args = [
+            name for name in self.arg_names if name in CALL_ARGS and name not in launch.constants
         ]
+        self._slots = [(self.arg_names.index(name), POSITION[name]) for name in self.call_args]
         # loads the binary onto the device; a later first launch then allocates nothing
         self._run = compiled.run
         self._function = compiled.function
@@ -146,11 +146,11 @@ class CompiledLaunch:
             arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in self._args
         ]
 
-    def run(self, values: Mapping[str, Any], tokens: int, stream: int) -> None:
-        """Launch on a raw stream handle with the call's values; allocates no device memory."""
+    def run(self, values: Sequence[int], tokens: int, stream: int) -> None:
+        """Launch on a raw stream handle with a `Call`'s values; allocates no device memory."""
         args = self._args
-        for index, name in self.call_slots:
-            args[index] = values[name].value
+        for index, position in self._slots:
+            args[index] = values[position]
         x, y, z = self.grid(tokens)
         self._run(x, y, z, stream, self._function, self._metadata, None, None, None, *args)
 
@@ -167,5 +167,5 @@ def run_interpreted(launches: Sequence[Launch], values: Mapping[str, Any], token
         kernel = launch.kernel
         call = {name: values[name] for name in kernel.arg_names if name in CALL_ARGS}
         call = {name: value for name, value in call.items() if name not in launch.constants}
-        fixed = {name: value for name, value in launch.args.items()}
+        fixed = dict(launch.args)
         kernel[launch.grid(tokens)](**call, **fixed, **launch.constants)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from moert.build import Built, build, resolve_config
+from moert.call import call_key
 from moert.checks import check_forward, check_logits, check_num_valid
 from moert.config import MoEConfig
 from moert.errors import InputError, StateError, WeightsError
@@ -76,6 +77,9 @@ class MoERuntime:
         )
         self._built = built
         self._group, self._executor = built.group, built.executor
+        # bound once: a call looks up as little as it can
+        self._lock, self._run = built.group.lock, built.executor.run
+        self._capturing = built.executor.capturing
         self.weights = built.weights
         self.device = built.group.device
         self._max_tokens = built.group.options.max_tokens
@@ -114,11 +118,12 @@ class MoERuntime:
         """
         if self._refusal is not None:
             self._usable("forward")
-        weights, ids = topk if type(topk) is TopK else as_topk(topk)
+        if type(topk) is not TopK:
+            topk = as_topk(topk)
         if self._switch_device and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self._forward(x, TopK(weights, ids), out, num_valid, pad)
-        return self._forward(x, TopK(weights, ids), out, num_valid, pad)
+                return self._forward(x, topk, out, num_valid, pad)
+        return self._forward(x, topk, out, num_valid, pad)
 
     __call__ = forward
 
@@ -130,51 +135,54 @@ class MoERuntime:
         num_valid: torch.Tensor | None,
         pad: str,
     ) -> torch.Tensor:
-        group = self._group
-        tokens = x.shape[0] if isinstance(x, torch.Tensor) and x.dim() else 0
-        if tokens > self._max_tokens:
-            return self._forward_chunks(x, topk, out, num_valid, pad)
-        with group.lock:
-            capturing = self._executor.capturing()
-            buffers = group.captured_results if capturing else group.results
-            result = buffers.peek_output(tokens) if out is None else out
-
-            def admit() -> None:
+        with self._lock:
+            capturing = self._capturing()
+            result = self._own_result(x, capturing) if out is None else out
+            try:
+                key = call_key(x, topk, result, num_valid, pad)
+            except AttributeError:
                 check_forward(self.cfg, self.device, x, topk, result, num_valid, pad)
-
-            if not tokens:
-                admit()
-            else:
-                key = _call_key(x, topk, result, num_valid, pad)
-                self._executor.run(key, admit, x, topk, result, num_valid, pad == "zero", capturing)
+                raise
+            if len(key[4]) == 2 and key[4][0] > self._max_tokens:
+                return self._forward_chunks(x, topk, result, num_valid, pad)
+            self._run(key, x, topk, result, num_valid, capturing)
             if out is None:
-                buffers.take_output()
+                self._group.results_for(capturing).take_output()
             self._counts["calls"] += 1
         return result
+
+    def _own_result(self, x: torch.Tensor, capturing: bool) -> torch.Tensor:
+        """Where a call without out= puts its result."""
+        if not isinstance(x, torch.Tensor) or not x.dim():
+            raise InputError(
+                f"x: got {type(x).__name__}, need a tensor [T, H={self.cfg.hidden_size}]"
+            )
+        if x.shape[0] > self._max_tokens:
+            return torch.empty_like(x)
+        return self._group.results_for(capturing).peek_output(x.shape[0])
 
     def _forward_chunks(
         self,
         x: torch.Tensor,
         topk: TopK,
-        out: torch.Tensor | None,
+        out: torch.Tensor,
         num_valid: torch.Tensor | None,
         pad: str,
     ) -> torch.Tensor:
         """More than max_tokens rows: slices of max_tokens, each with its own share of the live count."""
-        result = torch.empty_like(x) if out is None else out
-        check_forward(self.cfg, self.device, x, topk, result, num_valid, pad)
-        with self._group.lock:
-            for start in range(0, x.shape[0], self._max_tokens):
-                rows = slice(start, start + self._max_tokens)
-                live = None
-                if num_valid is not None:
-                    live = self._group.chunk_live
-                    torch.sub(num_valid.view(()), start, out=live)
-                chunk = TopK(topk.weights[rows], topk.ids[rows])
-                self._forward(x[rows], chunk, result[rows], live, pad)
-                self._counts["chunks"] += 1
-            self._counts["calls"] -= -(-x.shape[0] // self._max_tokens) - 1
-        return result
+        check_forward(self.cfg, self.device, x, topk, out, num_valid, pad)
+        for start in range(0, x.shape[0], self._max_tokens):
+            rows = slice(start, start + self._max_tokens)
+            live = None
+            if num_valid is not None:
+                live = self._group.chunk_live
+                torch.sub(num_valid.view(()), start, out=live)
+            chunk = TopK(topk.weights[rows], topk.ids[rows])
+            self._forward(x[rows], chunk, out[rows], live, pad)
+            self._counts["calls"] -= 1
+            self._counts["chunks"] += 1
+        self._counts["calls"] += 1
+        return out
 
     def route(self, router_logits: torch.Tensor, *, num_valid: torch.Tensor | None = None) -> TopK:
         """Expert ids and weights by the config's routing rule.
@@ -211,14 +219,13 @@ class MoERuntime:
     def _route(self, logits: torch.Tensor, num_valid: torch.Tensor | None) -> TopK:
         group, tokens = self._group, logits.shape[0]
         with group.lock:
-            capturing = self._executor.capturing()
+            capturing = self._capturing()
             if capturing and tokens > group.largest_bucket:
                 raise StateError(
                     f"route: {tokens} rows inside a capture, need at most the largest bucket, "
                     f"{group.largest_bucket}; raise buckets="
                 )
-            buffers = group.captured_results if capturing else group.results
-            out = buffers.next_topk(tokens)
+            out = group.results_for(capturing).next_topk(tokens)
             if tokens:
                 self._executor.route(logits, out, num_valid, capturing)
             self._counts["routes"] += 1
@@ -288,34 +295,6 @@ class MoERuntime:
     def __repr__(self) -> str:
         state = self._refusal or f"backend={self._built.backend.name}, {self.device}"
         return f"MoERuntime({self.cfg!r}, {state})"
-
-
-def _call_key(
-    x: torch.Tensor, topk: TopK, out: torch.Tensor, num_valid: torch.Tensor | None, pad: str
-) -> tuple[Any, ...]:
-    """Address, shape, stride and dtype of everything a call names; equal keys need no second check."""
-    weights, ids = topk
-    return (
-        x.data_ptr(),
-        out.data_ptr(),
-        weights.data_ptr(),
-        ids.data_ptr(),
-        x.shape,
-        out.shape,
-        weights.shape,
-        ids.shape,
-        x.stride(),
-        out.stride(),
-        weights.stride(),
-        ids.stride(),
-        x.dtype,
-        out.dtype,
-        weights.dtype,
-        ids.dtype,
-        x.requires_grad or weights.requires_grad or out.requires_grad,
-        pad,
-        None if num_valid is None else (num_valid.data_ptr(), num_valid.dtype, num_valid.numel()),
-    )
 
 
 def _refuse_after_fork() -> None:

@@ -67,6 +67,10 @@ class ShareGroup:
             self.capture_stream = torch.cuda.Stream(device)
             self.pool = torch.cuda.graph_pool_handle()
 
+    def results_for(self, capturing: bool) -> ResultBuffers:
+        """The buffers of results that the runtime returns, or of calls inside somebody's capture."""
+        return self.captured_results if capturing else self.results
+
     def make_arenas(self) -> None:
         """Allocate the arena for the largest plan, and the one for captures by others."""
         self.arena = Arena(self.device, max(plan.scratch_bytes for plan in self.plans))

@@ -118,7 +118,7 @@ class TritonBackend(Backend):
         self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
     ) -> Router:
         bias = self.weights.correction_bias
-        return make_router(self.cfg, self.facts, bias, no_limit, kernel_cache)
+        return make_router(self.cfg, self.facts, bias, no_limit, max_tokens, kernel_cache)
 
     @property
     def row_multiple(self) -> int:
@@ -271,7 +271,7 @@ class CompiledProgram(Program):
 
     def run(self, call: Call, stream: int) -> None:
         for launch in self.launches:
-            launch.run(call.cells, call.tokens, stream)
+            launch.run(call.values, call.tokens, stream)
 
 
 class InterpretedProgram(Program):

@@ -16,8 +16,9 @@ from moert.topk import TopK
 
 _LOGITS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _TYPES = {
-    "weights_ptr": "*fp32",
-    "ids_ptr": "*i32",
+    "correction_bias_ptr": "*fp32",
+    "routed_weights_ptr": "*fp32",
+    "routed_ids_ptr": "*i32",
     "num_valid_ptr": "*i32",
     "num_tokens": "i32",
     "logits_stride": "i64",
@@ -30,6 +31,7 @@ class TritonRouter(Router):
     Args:
         correction_bias: [E] or None, as the routing rule has it.
         no_limit: int32 scalar on the device, read where the caller gives no live count.
+        max_tokens: the most rows of a call.
     """
 
     def __init__(
@@ -37,26 +39,33 @@ class TritonRouter(Router):
         cfg: MoEConfig,
         correction_bias: torch.Tensor | None,
         no_limit: torch.Tensor,
+        max_tokens: int,
         kernel_cache: dict[Any, Any],
     ) -> None:
         self.cfg, self.no_limit = cfg, no_limit
         self.bias = correction_bias if cfg.routing.correction_bias else None
+        # launches by T, made once for a share group, so that no call builds a dictionary
+        if "router_launches" not in kernel_cache:
+            sizes = range(max_tokens + 1)
+            kernel_cache["router_launches"] = [routing_launch(cfg, tokens) for tokens in sizes]
+        self._launches = kernel_cache["router_launches"]
         self._kernels = {
-            (dtype, tokens > 4096): self._compiled(dtype, tokens, kernel_cache)
+            (dtype, constants["BLOCK_T"]): self._compiled(dtype, constants, warps, kernel_cache)
             for dtype in _LOGITS
-            for tokens in (1, 4097)
+            for _, constants, warps in (self._launches[1], self._launches[-1])
         }
 
-    def _compiled(self, dtype: torch.dtype, tokens: int, cache: dict[Any, Any]) -> Any:
-        _, constants, num_warps = routing_launch(self.cfg, tokens)
+    def _compiled(
+        self, dtype: torch.dtype, constants: dict[str, Any], num_warps: int, cache: dict[Any, Any]
+    ) -> Any:
         key = ("router", dtype, tuple(constants.items()), self.bias is None, num_warps)
         if key not in cache:
+            types = {**_TYPES, "logits_ptr": _LOGITS[dtype]}
             signature, names = {}, routing_fwd_kernel.arg_names
             if self.bias is None:
-                constants = {**constants, "bias_ptr": None}
+                constants = {**constants, "correction_bias_ptr": None}
             for name in names:
-                signature[name] = "constexpr" if name in constants else _TYPES.get(name, "*fp32")
-            signature["logits_ptr"] = _LOGITS[dtype]
+                signature[name] = "constexpr" if name in constants else types[name]
             source = ASTSource(routing_fwd_kernel, signature, constants, {})
             cache[key] = triton.compile(source, options={"num_warps": num_warps})
             cache[key].run  # noqa: B018  loads the binary now, so that no call does
@@ -66,8 +75,8 @@ class TritonRouter(Router):
         self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, stream: int
     ) -> None:
         tokens = logits.shape[0]
-        grid, constants, _ = routing_launch(self.cfg, tokens)
-        kernel = self._kernels[logits.dtype, tokens > 4096]
+        grid, constants, _ = self._launches[tokens]
+        kernel = self._kernels[logits.dtype, constants["BLOCK_T"]]
         kernel.run(
             grid[0],
             1,
@@ -106,9 +115,10 @@ def make_router(
     facts: DeviceFacts,
     correction_bias: torch.Tensor | None,
     no_limit: torch.Tensor,
+    max_tokens: int,
     kernel_cache: dict[Any, Any],
 ) -> Router:
     """The router for a device; on a CPU the interpreted one."""
     if facts.kind == "cpu":
         return InterpretedRouter(cfg, correction_bias)
-    return TritonRouter(cfg, correction_bias, no_limit, kernel_cache)
+    return TritonRouter(cfg, correction_bias, no_limit, max_tokens, kernel_cache)
