@@ -48,9 +48,12 @@ class TorchExperts:
         self.cfg = cfg
         self.interleaved = weights.interleaved
         self.scratch = scratch
-        linear13, linear2 = (like.linear13, like.linear2) if like else (None, None)
-        self.linear13 = ExpertLinear(weights.w13, weights.b13, scratch, linear13)
-        self.linear2 = ExpertLinear(weights.w2, weights.b2, scratch, linear2)
+        self.linear13: ExpertLinear = ExpertLinear(
+            weights.w13, weights.b13, scratch, like.linear13 if like else None
+        )
+        self.linear2: ExpertLinear = ExpertLinear(
+            weights.w2, weights.b2, scratch, like.linear2 if like else None
+        )
         self.bounds = torch.arange(cfg.num_experts + 1) << KEY_SHIFT
         self.alpha = torch.tensor(cfg.activation_alpha, dtype=torch.float32)
         # numpy has what torch lacks: a sort in place and cheaper calls on few integers
