@@ -116,7 +116,10 @@ def make_model(family: str, dtype: str = "bfloat16", seed: int = 0) -> Any:
         raise ValueError(f"family={family!r} is not one of {', '.join(FAMILIES)}")
     class_name, overrides = FAMILIES[family]
     config = getattr(transformers, class_name)(**{**COMMON, **overrides})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    # what is kept as initialised is drawn from the global generator
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith(KEEP) or "rotary" in name:
             continue
