@@ -1,0 +1,182 @@
+"""Which sort strategies a device can run, the buffers they need, and their launches. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moert.device import DeviceFacts
+from moert.launch import Launch
+from moert.steps.sorting.layout import (
+    MAX_SHARES,
+    MAX_TOKENS,
+    MAX_TOP_K,
+    PHASE_TILE,
+    max_blocks,
+    num_shares,
+    padded_experts,
+    padded_rows,
+    scratch_shape,
+)
+from moert.steps.sorting.triton import (
+    sort_count_kernel,
+    sort_one_shot_kernel,
+    sort_place_kernel,
+    sort_scan_kernel,
+)
+
+MAX_EXPERTS = 1024
+MAX_ROWS = 2**30  # positions are int32
+ONE_SHOT_TILE = 1024  # rows counted at a time, at most
+MAX_ONE_SHOT_ROWS = 8192
+AUTO_ONE_SHOT_ROWS = 4096
+PADDED_EXPERTS = 4  # experts whose padding a workgroup stores at a time
+
+
+def one_shot_tile(rows: int) -> int:
+    """C: S as a power of two, within bounds."""
+    return max(64, min(ONE_SHOT_TILE, 1 << max(0, rows - 1).bit_length()))
+
+
+def one_shot_share(rows: int) -> int:
+    """Rows a workgroup places: comparing them with all others costs more than a larger grid."""
+    return max(8, one_shot_tile(rows) // 64, 1 << max(0, -(-rows // 128) - 1).bit_length())
+
+
+def shared_bytes(tile: int, num_experts: int) -> int:
+    """Upper bound of a kernel's shared memory, checked by compiling the kernels for every target.
+
+    Counts and places of all experts, [EP] int32, go through it, and the tile's C rows where a layout changes.
+    """
+    return 4 * (padded_experts(num_experts) + tile) + 4096
+
+
+def feasible(
+    strategy: str, tokens: int, num_experts: int, top_k: int, facts: DeviceFacts
+) -> str | None:
+    """Why a device cannot run a strategy for up to `tokens` rows of K ids; None if it can."""
+    if strategy == "none":
+        return None
+    rows = tokens * top_k
+    need = shared_bytes(
+        PHASE_TILE if strategy == "multi_phase" else one_shot_tile(rows), num_experts
+    )
+    reasons = {
+        f"unknown strategy {strategy!r}": strategy not in ("one_shot", "multi_phase"),
+        "the sort kernels need a GPU": facts.kind == "cpu",
+        f"E={num_experts} exceeds {MAX_EXPERTS}": num_experts > MAX_EXPERTS,
+        f"K={top_k} exceeds {MAX_TOP_K}": top_k > MAX_TOP_K,
+        f"T={tokens} is not below 2^24": tokens >= MAX_TOKENS,
+        f"S={rows} exceeds 2^30": rows > MAX_ROWS,
+        f"S={rows} exceeds {MAX_ONE_SHOT_ROWS}, too many for every workgroup to count": (
+            strategy == "one_shot" and rows > MAX_ONE_SHOT_ROWS
+        ),
+        f"needs {need} bytes of shared memory, {facts.name} has {facts.shared_memory}": (
+            need > facts.shared_memory
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def sort_fields(
+    strategy: str, tokens: int, num_experts: int, top_k: int, block_m: int
+) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    """Name, shape and dtype of the buffers that a sort of up to `tokens` rows writes."""
+    if strategy == "none":
+        return ()
+    rows = padded_rows(tokens, top_k, num_experts, block_m)
+    fields: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = (
+        ("sorted_token_ids", (rows,), torch.int32),
+        ("sorted_weights", (rows,), torch.float32),
+        ("sorted_expert_ids", (max_blocks(tokens, top_k, num_experts, block_m),), torch.int32),
+        ("num_valid_ids", (2,), torch.int32),
+    )
+    if strategy == "multi_phase":
+        fields += (("sort_scratch", scratch_shape(tokens, top_k, num_experts), torch.int32),)
+    return fields
+
+
+def sort_launches(
+    strategy: str,
+    facts: DeviceFacts,
+    tokens: int,
+    num_experts: int,
+    top_k: int,
+    block_m: int,
+    views: Mapping[str, torch.Tensor],
+    expert_mask: torch.Tensor | None = None,
+) -> list[Launch]:
+    """Launches that sort up to `tokens` rows into `views` (the arrays of `sort_fields`, or larger ones).
+
+    Args:
+        tokens: of the bucket or call; a launch with fewer is bounded by the count on the device.
+        expert_mask: [E] int32, 0 for experts to leave out; None to keep all.
+    """
+    if strategy == "none":
+        return []
+    outputs = {
+        f"{name}_ptr": views[name]
+        for name in ("sorted_token_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids")
+    }
+    experts = padded_experts(num_experts)
+    sizes = {"K": top_k, "EP": experts}
+    rest = {
+        "E": num_experts,
+        "BM": block_m,
+        "WIDTH": 1 << (block_m - 1).bit_length(),
+        "EXPERTS": PADDED_EXPERTS,
+    }
+    masked = {"expert_mask_ptr": expert_mask}
+    if strategy == "one_shot":
+        return [_one_shot(facts, tokens, top_k, {**outputs, **masked}, {**sizes, **rest})]
+
+    def grid(rows: int) -> tuple[int, int, int]:
+        return num_shares(min(rows, tokens), top_k), 1, 1
+
+    sizes |= {"C": PHASE_TILE, "SHARES": MAX_SHARES}
+    scratch = views["sort_scratch"]
+    counts = {"counts_ptr": scratch}
+    totals = {"totals_ptr": scratch[num_shares(tokens, top_k)]}
+    columns = min(32, experts)
+    return [
+        Launch(
+            sort_count_kernel,
+            grid,
+            {**masked, **counts},
+            {**sizes, "E": num_experts},
+            _warps(128, facts),
+        ),
+        Launch(
+            sort_scan_kernel,
+            lambda _: (experts // columns, 1, 1),
+            {**counts, **totals},
+            {**sizes, "COLUMNS": columns, "DEPTH": 64},
+            _warps(128, facts),
+        ),
+        Launch(
+            sort_place_kernel,
+            grid,
+            {**outputs, **masked, **counts, **totals},
+            {**sizes, **rest},
+            _warps(128, facts),
+        ),
+    ]
+
+
+def _one_shot(
+    facts: DeviceFacts, tokens: int, top_k: int, args: dict[str, Any], sizes: dict[str, int]
+) -> Launch:
+    rows = tokens * top_k
+    tile, share = one_shot_tile(rows), one_shot_share(rows)
+
+    def grid(rows: int) -> tuple[int, int, int]:
+        return max(1, -(-min(rows, tokens) * top_k // share)), 1, 1
+
+    constants = {**sizes, "C": tile, "SHARE": share, "ONE_TILE": rows <= tile}
+    return Launch(sort_one_shot_kernel, grid, args, constants, _warps(128, facts))
+
+
+def _warps(threads: int, facts: DeviceFacts) -> int:
+    return max(1, threads // facts.warp_size)

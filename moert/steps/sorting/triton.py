@@ -1,0 +1,266 @@
+"""The sort kernels: a counting sort, stable by construction, without atomics whose order could matter.
+
+A row's place is the start of its expert, plus the number of earlier rows of that expert. Earlier rows at hand
+are found by comparing each with each, which suits registers better than a scan over [rows, experts] and does
+not grow with E; the others by counting per expert.
+
+EP is E padded to a power of two. Expert -1 means no row. Integer loops with bounds from the device are
+`while` loops: the interpreter of Triton 3.6 cannot `range` over them with numpy 2.4.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moert.steps.call_args import live_tokens, load_expert_id, load_routing_weight
+
+
+@triton.jit
+def _local_experts(expert_mask_ptr, E: tl.constexpr, EP: tl.constexpr):
+    """[EP]: the place of each expert among those whose mask is set, -1 for the others."""
+    expert = tl.arange(0, EP)
+    kept = (tl.load(expert_mask_ptr + expert, mask=expert < E, other=0) != 0).to(tl.int32)
+    return tl.where(kept != 0, tl.cumsum(kept, 0) - 1, -1)
+
+
+@triton.jit
+def _load_experts(
+    ids_ptr, ids_stride, ids_words, num_tokens, live, local, row,
+    E: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Experts of the rows, -1 where there is none."""
+    token = row // K
+    # masked by the tensor's size, not by the live count, which is still on its way
+    expert = load_expert_id(ids_ptr, ids_stride, ids_words, token, row % K, token < num_tokens, E)
+    expert = tl.where(token < live, expert, -1)
+    if MASKED:
+        expert = tl.where(expert >= 0, tl.gather(local, tl.maximum(expert, 0), 0), -1)
+    return expert
+
+
+@triton.jit
+def _load_weights(
+    weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, num_tokens, row, K: tl.constexpr
+):
+    token = row // K
+    return load_routing_weight(
+        weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32,
+        token, row % K, token < num_tokens,
+    )  # fmt: skip
+
+
+@triton.jit
+def _earlier(experts, rows, expert, row):
+    """How many of `experts` [A] at `rows` [A] equal each `expert` [B] and come before its `row` [B]."""
+    same = (experts[:, None] == expert[None, :]) & (rows[:, None] < row[None, :])
+    return tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit
+def _count(expert, EP: tl.constexpr):
+    """Rows of each expert [EP]."""
+    return tl.histogram(expert, EP, mask=expert >= 0)
+
+
+@triton.jit
+def _starts(total, BM: tl.constexpr):
+    """First output rows of the experts [EP] and the number of output rows, from their row counts."""
+    blocks = (total + (BM - 1)) // BM
+    return (tl.cumsum(blocks, 0) - blocks) * BM, tl.sum(blocks, 0) * BM
+
+
+@triton.jit
+def _store_rows(
+    sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr,
+    at, expert, weight, row, K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    there = expert >= 0
+    tl.store(sorted_token_ids_ptr + at, ((row % K) << 24) | (row // K), mask=there)
+    tl.store(sorted_weights_ptr + at, weight, mask=there)
+    # experts start at multiples of BM
+    tl.store(sorted_expert_ids_ptr + at // BM, expert, mask=there & (at % BM == 0))
+
+
+@triton.jit
+def _store_rest(
+    sorted_token_ids_ptr, sorted_weights_ptr, num_valid_ids_ptr, start, total, padded, live, num_tokens,
+    K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Fill the experts' last blocks behind their rows, EXPERTS of them a program; store the counts.
+
+    WIDTH: BM as a power of two.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    first = program * EXPERTS
+    while first < EP:
+        expert = first + tl.arange(0, EXPERTS)
+        rows = tl.gather(total, expert, 0)
+        begin = tl.gather(start, expert, 0)
+        end = begin + (rows + (BM - 1)) // BM * BM
+        at = (begin + rows)[:, None] + tl.arange(0, WIDTH)[None, :]
+        inside = at < end[:, None]
+        tl.store(
+            sorted_token_ids_ptr + at, tl.zeros_like(at) + ((K << 24) | num_tokens), mask=inside
+        )
+        tl.store(sorted_weights_ptr + at, tl.zeros_like(at).to(tl.float32), mask=inside)
+        first += programs * EXPERTS
+    if program == 0:
+        tl.store(num_valid_ids_ptr, padded)
+        tl.store(num_valid_ids_ptr + 1, live)
+
+
+@triton.jit
+def sort_one_shot_kernel(
+    ids_ptr, ids_stride, ids_words, weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32,
+    num_valid_ptr, num_tokens,
+    expert_mask_ptr, sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
+    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
+    C: tl.constexpr, SHARE: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Every program counts all rows, C at a time, and places SHARE of them; nobody waits for anybody.
+
+    expert_mask [E] int32 or None; outputs as `SortedRows` says. ONE_TILE: all rows fit one tile.
+    """
+    MASKED: tl.constexpr = expert_mask_ptr is not None
+    live = live_tokens(num_tokens, num_valid_ptr)
+    local = live
+    if MASKED:
+        local = _local_experts(expert_mask_ptr, E, EP)
+    row = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
+    expert = _load_experts(
+        ids_ptr, ids_stride, ids_words, num_tokens, live, local, row, E, K, MASKED
+    )
+    weight = _load_weights(
+        weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, num_tokens, row, K
+    )
+    rows = tl.arange(0, C)
+    experts = _load_experts(
+        ids_ptr, ids_stride, ids_words, num_tokens, live, local, rows, E, K, MASKED
+    )
+    rank = _earlier(experts, rows, expert, row)
+    total = _count(experts, EP)
+    if not ONE_TILE:
+        first = C
+        while first < live * K:
+            rows = first + tl.arange(0, C)
+            experts = _load_experts(
+                ids_ptr, ids_stride, ids_words, num_tokens, live, local, rows, E, K, MASKED
+            )
+            rank += _earlier(experts, rows, expert, row)
+            total += _count(experts, EP)
+            first += C
+    start, padded = _starts(total, BM)
+    at = tl.gather(start, tl.maximum(expert, 0), 0) + rank
+    _store_rows(
+        sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, at, expert, weight, row, K, BM
+    )
+    _store_rest(
+        sorted_token_ids_ptr, sorted_weights_ptr, num_valid_ids_ptr,
+        start, total, padded, live, num_tokens, K, BM, EP, EXPERTS, WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def _num_shares(live, K: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr):
+    """How many programs have rows: a tile each, or SHARES of them several. A grid may be larger."""
+    return tl.minimum((live * K + (C - 1)) // C, SHARES)
+
+
+@triton.jit
+def _share(live, K: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr):
+    """Rows [first, end) of this program, the same in all kernels of a sort; empty past the shares."""
+    shares = tl.maximum(_num_shares(live, K, C, SHARES), 1)
+    tiles = (live * K + (C - 1)) // C
+    rows = (tiles + shares - 1) // shares * C
+    first = tl.program_id(0) * rows
+    return first, tl.minimum(first + rows, live * K)
+
+
+@triton.jit
+def sort_count_kernel(
+    ids_ptr, ids_stride, ids_words, num_valid_ptr, num_tokens, expert_mask_ptr, counts_ptr,
+    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """counts [programs, EP] int32: rows of each expert in each program's share."""
+    MASKED: tl.constexpr = expert_mask_ptr is not None
+    live = live_tokens(num_tokens, num_valid_ptr)
+    local = live
+    if MASKED:
+        local = _local_experts(expert_mask_ptr, E, EP)
+    first, end = _share(live, K, C, SHARES)
+    total = tl.zeros([EP], tl.int32)
+    while first < end:
+        experts = _load_experts(
+            ids_ptr, ids_stride, ids_words, num_tokens, live, local, first + tl.arange(0, C),
+            E, K, MASKED,
+        )  # fmt: skip
+        total += _count(experts, EP)
+        first += C
+    tl.store(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP), total)
+
+
+@triton.jit
+def sort_scan_kernel(
+    num_valid_ptr, num_tokens, counts_ptr, totals_ptr,
+    K: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """counts [shares, EP] becomes, in place, the sum of the counts above; totals [EP] of all.
+
+    One program takes COLUMNS experts, DEPTH counts of each at a time.
+    """
+    num_counts = _num_shares(live_tokens(num_tokens, num_valid_ptr), K, C, SHARES)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.int32)
+    first = 0
+    while first < num_counts:
+        other = (first + tl.arange(0, DEPTH))[:, None]
+        at = counts_ptr + other * EP + column[None, :]
+        counts = tl.load(at, mask=other < num_counts, other=0)
+        tl.store(at, tl.cumsum(counts, 0) - counts + total[None, :], mask=other < num_counts)
+        total += tl.sum(counts, 0)
+        first += DEPTH
+    tl.store(totals_ptr + column, total)
+
+
+@triton.jit
+def sort_place_kernel(
+    ids_ptr, ids_stride, ids_words, weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32,
+    num_valid_ptr, num_tokens,
+    expert_mask_ptr, counts_ptr, totals_ptr,
+    sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
+    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
+    C: tl.constexpr, SHARES: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Place the program's share of rows, C at a time; counts and totals as `sort_scan_kernel` left them."""
+    MASKED: tl.constexpr = expert_mask_ptr is not None
+    live = live_tokens(num_tokens, num_valid_ptr)
+    local = live
+    if MASKED:
+        local = _local_experts(expert_mask_ptr, E, EP)
+    total = tl.load(totals_ptr + tl.arange(0, EP))
+    before = tl.load(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP))
+    start, padded = _starts(total, BM)
+    following = start + before
+    first, end = _share(live, K, C, SHARES)
+    while first < end:
+        row = first + tl.arange(0, C)
+        expert = _load_experts(
+            ids_ptr, ids_stride, ids_words, num_tokens, live, local, row, E, K, MASKED
+        )
+        weight = _load_weights(
+            weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, num_tokens, row, K
+        )
+        at = tl.gather(following, tl.maximum(expert, 0), 0) + _earlier(expert, row, expert, row)
+        _store_rows(
+            sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, at, expert, weight, row, K, BM
+        )
+        following += _count(expert, EP)
+        first += C
+    _store_rest(
+        sorted_token_ids_ptr, sorted_weights_ptr, num_valid_ids_ptr,
+        start, total, padded, live, num_tokens, K, BM, EP, EXPERTS, WIDTH,
+    )  # fmt: skip
