@@ -126,6 +126,10 @@ class MoEConfig:
                 )
             if self.activation_limit is None:
                 object.__setattr__(self, "activation_limit", 7.0)
+        if self.activation_limit is not None and not self.gated:
+            raise ConfigError(
+                f"activation_limit={self.activation_limit} clamps gate and up, but gated=False"
+            )
         if self.activation_limit is not None and not self.activation_limit > 0:
             raise ConfigError(
                 f"activation_limit={self.activation_limit} must be > 0, or None for no clamp"

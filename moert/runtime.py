@@ -62,7 +62,7 @@ class MoERuntime:
         self.cfg = resolve_config(model_cfg)
         if share is not None:
             share._usable("share")
-        built: Built = build(
+        self._built: Built = build(
             self.cfg,
             weights,
             layer=layer,
@@ -75,7 +75,7 @@ class MoERuntime:
             tune=tune,
             share=None if share is None else share._built,
         )
-        self._built = built
+        built = self._built
         self._group, self._executor = built.group, built.executor
         # bound once: a call looks up as little as it can
         self._lock, self._run = built.group.lock, built.executor.run
@@ -290,7 +290,7 @@ class MoERuntime:
             "new one from the config and weights, with share= for the same arena"
         )
 
-    __reduce_ex__ = __deepcopy__ = __copy__ = _refuse_copy  # type: ignore[assignment]
+    __reduce_ex__ = __deepcopy__ = __copy__ = _refuse_copy
 
     def __repr__(self) -> str:
         state = self._refusal or f"backend={self._built.backend.name}, {self.device}"

@@ -36,7 +36,7 @@ def select_backend(
     """
     if name not in ("auto", *NAMES):
         raise ConfigError(f"backend={name!r} is not one of auto, {', '.join(NAMES)}")
-    reasons = []
+    reasons: list[str] = []
     for candidate in NAMES if name == "auto" else (name,):
         found = backend_class(candidate)
         reason = found if isinstance(found, str) else found.supports(cfg, facts)

@@ -16,12 +16,17 @@ from moert.device import DeviceFacts
 from moert.plan import Choice
 from moert.steps.routing.torch_ops import TorchRouter
 from moert.topk import TopK
+from moert.weights import ExpertWeights
 
 
 class TorchBackend(Backend):
     """See the module docstring. Tokens are grouped by expert on the host, so there is nothing to choose."""
 
     name = "torch"
+
+    def __init__(self, cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts) -> None:
+        super().__init__(cfg, weights, facts)
+        self._first: TorchExperts | None = None  # its views of the weights serve every bucket
 
     @staticmethod
     def supports(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
@@ -50,7 +55,9 @@ class TorchBackend(Backend):
         aligned: bool = True,
         kernel_cache: dict[Any, Any] | None = None,
     ) -> Program:
-        return TorchProgram(TorchExperts(self.cfg, self.weights, views))
+        experts = TorchExperts(self.cfg, self.weights, views, like=self._first)
+        self._first = self._first or experts
+        return TorchProgram(experts)
 
     def router(
         self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]

@@ -23,14 +23,18 @@ def activate(
 
     A NaN stays a NaN: the clamps are comparisons, where minimum and maximum would drop it.
     """
+    # one branch a case: code after a return of a constant `if` would still be compiled
     if not GATED:
-        return _act(up, ACTIVATION)
-    if LIMIT > 0.0:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    if ACTIVATION == "swiglu_oai":
-        return (up + 1.0) * (gate / (1.0 + tl.exp(-ALPHA * gate)))
-    return _act(gate, ACTIVATION) * up
+        h = _act(up, ACTIVATION)
+    else:
+        if LIMIT > 0.0:
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        if ACTIVATION == "swiglu_oai":
+            h = (up + 1.0) * (gate / (1.0 + tl.exp(-ALPHA * gate)))
+        else:
+            h = _act(gate, ACTIVATION) * up
+    return h
 
 
 @triton.jit

@@ -1,0 +1,109 @@
+"""A chain of layers as a model has it, for benchmarks: own weights, own routing, out of one is x of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moert import ExpertWeights, MoEConfig, MoERuntime, TopK
+
+READ_BYTES_PER_SECOND = 4.58e12  # best read kernel over GiBs on an H200
+MATMUL_FLOPS = 788e12  # bf16 8192^3 on an H200
+
+
+@dataclass
+class Chain:
+    """Runtimes of one share group with inputs for T tokens.
+
+    Args:
+        layers: one runtime each.
+        topks: one routing each.
+        rows: x of the first, then out of every layer: [layers + 1] of [T, H].
+    """
+
+    layers: list[MoERuntime]
+    topks: list[TopK]
+    rows: list[torch.Tensor]
+
+    def run(self) -> None:
+        """One pass over all layers on the current stream."""
+        for layer, topk, x, out in zip(
+            self.layers, self.topks, self.rows, self.rows[1:], strict=False
+        ):
+            layer.forward(x, topk, out)
+
+    def floor_us(self) -> float:
+        """Mean floor of a layer in microseconds: the larger of the bytes really hit and the FLOPs."""
+        cfg = self.layers[0].cfg
+        return sum(floor_us(cfg, topk.ids) for topk in self.topks) / len(self.topks)
+
+    def hit_bytes(self) -> int:
+        """Mean bytes a layer's floor counts."""
+        cfg = self.layers[0].cfg
+        return sum(hit_bytes(cfg, topk.ids) for topk in self.topks) // len(self.topks)
+
+
+def hit_bytes(cfg: MoEConfig, ids: torch.Tensor) -> int:
+    """Weights of the distinct experts that are hit, activations in and out, ids and weights."""
+    distinct = int(ids.unique().numel())
+    expert = (cfg.w13_rows + cfg.intermediate_size) * cfg.hidden_size * cfg.torch_dtype.itemsize
+    rows = 2 * ids.shape[0] * cfg.hidden_size * cfg.torch_dtype.itemsize
+    return distinct * expert + rows + ids.numel() * 8
+
+
+def floor_us(cfg: MoEConfig, ids: torch.Tensor) -> float:
+    """The larger of the bytes at read bandwidth and the FLOPs at the matrix rate."""
+    flops = 2 * ids.numel() * (cfg.w13_rows + cfg.intermediate_size) * cfg.hidden_size
+    return max(hit_bytes(cfg, ids) / READ_BYTES_PER_SECOND, flops / MATMUL_FLOPS) * 1e6
+
+
+def make_layers(cfg: MoEConfig, count: int, **options: Any) -> list[MoERuntime]:
+    """`count` runtimes with separate random weights that share."""
+    layers: list[MoERuntime] = []
+    for seed in range(count):
+        weights = ExpertWeights.random(cfg, seed=seed, device="cuda")
+        more = {"share": layers[0]} if layers else options
+        layers.append(MoERuntime(cfg, weights, **more))
+    return layers
+
+
+Router = Callable[[int, int, int], torch.Tensor]
+
+
+def uniform_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:
+    """Every token takes K distinct experts at random."""
+    return torch.rand(tokens, experts, device="cuda").topk(top_k, 1).indices.int()
+
+
+def one_hot_expert_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:
+    """Expert 0 in every token, the others at random."""
+    ids = torch.rand(tokens, experts - 1, device="cuda").topk(top_k - 1, 1).indices.int() + 1
+    return torch.cat([torch.zeros_like(ids[:, :1]), ids], 1) if top_k > 1 else ids * 0
+
+
+def same_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:
+    """All tokens take the same K experts."""
+    return uniform_ids(1, experts, top_k).expand(tokens, -1).contiguous()
+
+
+def make_chain(
+    layers: list[MoERuntime], tokens: int, seed: int, ids: Router = uniform_ids
+) -> Chain:
+    """Random inputs for T tokens."""
+    torch.manual_seed(seed)
+    cfg = layers[0].cfg
+    rows = [
+        torch.randn(tokens, cfg.hidden_size, device="cuda").to(cfg.torch_dtype)
+        for _ in range(len(layers) + 1)
+    ]
+    topks = [
+        TopK(
+            torch.softmax(torch.randn(tokens, cfg.top_k, device="cuda"), -1),
+            ids(tokens, cfg.num_experts, cfg.top_k),
+        )
+        for _ in layers
+    ]
+    return Chain(layers, topks, rows)

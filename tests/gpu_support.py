@@ -1,0 +1,87 @@
+"""What the GPU tests share: layers, random calls, guarded buffers, traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moert import ExpertWeights, MoEConfig, MoERuntime, TopK
+from moert.steps.experts_reference import experts_reference
+
+DEVICE = torch.device("cuda")
+# relative L2 error against the fp32 reference: two roundings of intermediates to the model's dtype
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+# small, and no dimension a multiple of a tile
+ODD = MoEConfig(num_experts=20, top_k=3, hidden_size=200, intermediate_size=104)
+# as an engine would run it; large enough that two kernels overlap if anything lets them
+REAL = MoEConfig(num_experts=64, top_k=8, hidden_size=2048, intermediate_size=768)
+
+
+@dataclass
+class Case:
+    """The tensors of one call."""
+
+    x: torch.Tensor
+    topk: TopK
+    out: torch.Tensor
+
+    def expected(self, rt: MoERuntime) -> torch.Tensor:
+        return experts_reference(self.x, self.topk, rt.weights, rt.cfg)
+
+
+def make_case(
+    cfg: MoEConfig, tokens: int, seed: int = 0, id_dtype: torch.dtype = torch.int32
+) -> Case:
+    """Random routing with some ids that no expert has, out filled with NaN."""
+    g = torch.Generator(DEVICE).manual_seed(seed * 100_003 + tokens)
+    x = torch.randn(tokens, cfg.hidden_size, generator=g, device=DEVICE).to(cfg.torch_dtype)
+    ids = torch.randint(0, cfg.num_experts, (tokens, cfg.top_k), generator=g, device=DEVICE)
+    strange = torch.tensor([-1, cfg.num_experts, 1 << 30, -(1 << 31)], device=DEVICE)
+    swap = torch.rand(ids.shape, generator=g, device=DEVICE) < 0.1
+    which = torch.randint(0, 4, ids.shape, generator=g, device=DEVICE)
+    ids = torch.where(swap, strange[which], ids).to(id_dtype)
+    weights = torch.rand(tokens, cfg.top_k, generator=g, device=DEVICE)
+    return Case(x, TopK(weights, ids), torch.full_like(x, float("nan")))
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Relative L2 error within the dtype's tolerance; NaN never passes."""
+    error = (out.float() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= TOLERANCE[dtype], f"relative L2 error {error.item():.2e}"
+
+
+def guarded(rows: int, width: int, dtype: torch.dtype, fill: float, offset: int = 0) -> Any:
+    """(view [rows, width] at an element offset, its whole buffer): `fill` before, after and in it."""
+    guard = 4096
+    buffer = torch.full((guard + offset + rows * width + guard,), fill, dtype=dtype, device=DEVICE)
+    start = guard + offset
+    return buffer[start : start + rows * width].view(rows, width), buffer
+
+
+def runtime(cfg: MoEConfig, seed: int = 0, **options: Any) -> MoERuntime:
+    """A runtime that never tunes, with few buckets unless told otherwise."""
+    weights = ExpertWeights.random(cfg, seed=seed, device=DEVICE)
+    options = {"tune": "off", "max_tokens": 96, "buckets": (1, 2, 4, 8, 16, 64), **options}
+    if "share" in options:
+        options = {"share": options["share"]}
+    return MoERuntime(cfg, weights, **options)
+
+
+def device_kernels(run: Callable[[], None]) -> list[str]:
+    """Everything the device executed during `run`, in order: kernels, copies, fills."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        run()
+        torch.cuda.synchronize()
+    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e.name for e in sorted(events, key=lambda e: e.time_range.start)]
+
+
+def variant(cfg: MoEConfig, **changes: Any) -> MoEConfig:
+    return replace(cfg, **changes)
