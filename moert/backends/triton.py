@@ -244,9 +244,7 @@ class TritonBackend(Backend):
         )
 
     def _grouped_constants(self, tile: Any) -> dict[str, Any]:
-        # tf32 would cost float32 models three digits
-        precision = "ieee" if self.cfg.dtype == "float32" else "tf32"
-        return {"PRECISION": precision, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+        return {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
 
     def _combine(self, views: Views) -> Launch:
         cfg = self.cfg

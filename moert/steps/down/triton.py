@@ -94,7 +94,6 @@ def down_grouped_kernel(
     W_E: tl.constexpr,
     W_N: tl.constexpr,
     W_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -125,7 +124,7 @@ def down_grouped_kernel(
             mask=in_k[:, None] & inside[None, :],
             other=0.0,
         )
-        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+        acc = tl.dot(h, w, acc, input_precision="ieee")
     if b2_ptr is not None:
         b = tl.load(b2_ptr + expert.to(tl.int64) * H + n, mask=inside, other=0.0)
         acc += b.to(tl.float32)[None, :]
