@@ -1,8 +1,10 @@
-"""Device timing for all benchmarks: graph replays, events around groups of them, medians, cold weights.
+"""Device timing for all benchmarks: graph replays, events around groups of them, medians, cold
+weights.
 
-How a figure is taken: every layer of a chain has its own weights and its own random routing, each layer's out is
-the next one's x, and one replay of the chain touches several times the last-level cache. Replays run back to
-back; an event pair encloses a group of them; the median group counts. Variants are interleaved in rounds.
+How a figure is taken: every layer of a chain has its own weights and its own random routing, each
+layer's out is the next one's x, and one replay of the chain touches several times the last-level
+cache. Replays run back to back; an event pair encloses a group of them; the median group counts.
+Variants are interleaved in rounds.
 """
 
 from __future__ import annotations

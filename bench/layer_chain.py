@@ -1,4 +1,6 @@
-"""A chain of layers as a model has it, for benchmarks: own weights, own routing, out of one is x of the next."""
+"""A chain of layers as a model has it, for benchmarks: own weights, own routing, out of one is x
+of the next.
+"""
 
 from __future__ import annotations
 

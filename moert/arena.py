@@ -1,7 +1,8 @@
-"""One allocation for all scratch of all buckets, made before any capture, never moved, never grown.
+"""One allocation for all scratch of all buckets, made before any capture, never moved, never
+grown.
 
-Plans never run at the same time (the share group serialises them), so every plan's fields start at offset zero
-and the arena is as large as the largest plan.
+Plans never run at the same time (the share group serialises them), so every plan's fields start at
+offset zero and the arena is as large as the largest plan.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What one `forward` was given, in the form that launches read.
 
-A call is described by a key: address, shape, stride and dtype of every tensor it names, never object identity.
-Equal keys mean equal launches, so whatever was checked and bound for a key needs neither again. The values that
-kernels take are packed into one buffer whose address never changes: the kernel nodes of instantiated graphs are
-rewritten straight from it.
+A call is described by a key: address, shape, stride and dtype of every tensor it names, never
+object identity. Equal keys mean equal launches, so whatever was checked and bound for a key needs
+neither again. The values that kernels take are packed into one buffer whose address never changes:
+the kernel nodes of instantiated graphs are rewritten straight from it.
 """
 
 from __future__ import annotations

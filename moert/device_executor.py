@@ -157,7 +157,7 @@ class DeviceExecutor:
         self.counts["captured"] += 1
 
     def _warm_up(self) -> None:
-        """Load every kernel and run it once on the capture stream, so that later launches allocate nothing."""
+        """Load and run every kernel once on the capture stream: later launches allocate nothing."""
         stream = self.group.capture_stream
         with torch.cuda.stream(stream):
             rows = _WarmUpRows(self.group, self._limits[-1])

@@ -1,21 +1,23 @@
 """Captured plans: one CUDA/HIP graph per bucket, replayed on whatever tensors the caller passes.
 
-How a replay binds the caller's addresses was measured on an NVIDIA H200 (torch 2.11, CUDA 13.0; two kernels a
-layer, E=32 K=8 H=2048 I=768 bf16, T=1, 48 layers):
+How a replay binds the caller's addresses was measured on an NVIDIA H200 (torch 2.11, CUDA 13.0;
+two kernels a layer, E=32 K=8 H=2048 I=768 bf16, T=1, 48 layers):
 
     way                                host, new addresses   device, a layer in one graph
     kernel-node parameter updates      +1.4 us               30.6 us
     table read by the kernels          +6.1 us (a launch)    32.0 us, and x loads fall from 8 to 2 bytes
     one graph per address              +83 us (a capture)    30.6 us, 94 KB of device memory a graph
 
-Updates win everywhere: the kernels take plain arguments, so eager launches, captures by others and replays run
-the very same machine code, and launches in flight keep the values they were enqueued with (two streams never mix
-data). Where a driver has no such call, or the check at start-up fails, calls are launched kernel by kernel.
+Updates win everywhere: the kernels take plain arguments, so eager launches, captures by others and
+replays run the very same machine code, and launches in flight keep the values they were enqueued
+with (two streams never mix data). Where a driver has no such call, or the check at start-up fails,
+calls are launched kernel by kernel.
 
-A graph launched into the legacy null stream cost 12 to 18 us more device time than in any other stream (18.7
-against 36.9 us for two 36 MB reads). The driver orders the null stream and every *blocking* stream after each
-other, so calls made on the null stream launch their graphs into one blocking stream of ours: 18.7 us. Chained
-per-layer replays then cost 1.4 (one kernel) to 2.0 us (two) a layer more than one graph of all layers.
+A graph launched into the legacy null stream cost 12 to 18 us more device time than in any other
+stream (18.7 against 36.9 us for two 36 MB reads). The driver orders the null stream and every
+*blocking* stream after each other, so calls made on the null stream launch their graphs into one
+blocking stream of ours: 18.7 us. Chained per-layer replays then cost 1.4 (one kernel) to 2.0 us
+(two) a layer more than one graph of all layers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Kernel launches as data, and the two ways to run them: compiled on a GPU, interpreted on a CPU.
 
-A `Launch` names a Triton kernel, its grid, its fixed arguments and its constants; the arguments of the call
-(`steps/call_args.py`) are recognised by name and filled in at each launch. Kernels are compiled ahead through
-`triton.compile` with an explicit signature, never by the just-in-time path, so that what a call passes can
-never cause a compilation, and so that the very same code can be compiled for a device that is absent.
+A `Launch` names a Triton kernel, its grid, its fixed arguments and its constants; the arguments of
+the call (`steps/call_args.py`) are recognised by name and filled in at each launch. Kernels are
+compiled ahead through `triton.compile` with an explicit signature, never by the just-in-time path,
+so that what a call passes can never cause a compilation, and so that the very same code can be
+compiled for a device that is absent.
 """
 
 from __future__ import annotations

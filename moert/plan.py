@@ -1,7 +1,7 @@
 """Plans: what was decided for each bucket before any token arrived. Pure data.
 
-A `Choice` is the part that tuning searches over and caches keep (strategy and tiles); a `Plan` adds the bucket,
-the kernels in launch order, the arena fields, and where the choice came from.
+A `Choice` is the part that tuning searches over and caches keep (strategy and tiles); a `Plan`
+adds the bucket, the kernels in launch order, the arena fields, and where the choice came from.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Keeps the work of one share group in one order, whichever streams the callers use.
 
-All layers of a group share an arena, so two of their calls must never run at the same time on the device.
-Calls on one stream are ordered by it. When a call comes on another stream than the last one, that stream is
-made to wait for the last one; nothing is recorded while callers stay on one stream, so it costs them nothing.
+All layers of a group share an arena, so two of their calls must never run at the same time on the
+device. Calls on one stream are ordered by it. When a call comes on another stream than the last
+one, that stream is made to wait for the last one; nothing is recorded while callers stay on one
+stream, so it costs them nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The torch backend: the default on a CPU. Experts one after another on preallocated memory, same bits every time."""
+"""The torch backend, the default on a CPU: experts one after another on preallocated memory."""
 
 from __future__ import annotations
 

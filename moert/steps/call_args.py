@@ -1,11 +1,13 @@
 """The arguments of a kernel that the caller of `forward` provides, and how kernels read them.
 
-Every kernel names these parameters alike, so that the launcher can tell them from the fixed ones (weights,
-arena views, sizes) by name, compile one variant for all calls, and rewrite exactly them before a replay.
+Every kernel names these parameters alike, so that the launcher can tell them from the fixed ones
+(weights, arena views, sizes) by name, compile one variant for all calls, and rewrite exactly them
+before a replay.
 
-Expert ids may be int32 or int64. Kernels read them as 32-bit words, `ids_words` words an id (1 or 2, low
-word first: all supported machines are little-endian), so that neither a conversion nor a second variant is
-needed. Routing weights may be float32 or the model's dtype; both typed pointers hold the same address.
+Expert ids may be int32 or int64. Kernels read them as 32-bit words, `ids_words` words an id (1 or
+2, low word first: all supported machines are little-endian), so that neither a conversion nor a
+second variant is needed. Routing weights may be float32 or the model's dtype; both typed pointers
+hold the same address.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Combine: out[t] = y[t*K] + ... + y[t*K+K-1], in that order, in fp32, into the caller's buffer.
 
-A slot whose id is outside 0..E-1 has no row in y and is skipped. Rows from the live count on are left alone, or
-become zero where the call says so.
+A slot whose id is outside 0..E-1 has no row in y and is skipped. Rows from the live count on are
+left alone, or become zero where the call says so.
 """
 
 from __future__ import annotations

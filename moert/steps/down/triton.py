@@ -1,9 +1,9 @@
 """Down GEMM with fused bias and routing weight.
 
-direct: out[t] = sum over slots k = 0..K-1, in that order, of weight[t, k] * (h[t*K+k] @ w2[expert].T + b2):
-one program per (token, BN columns of out) loops over the token's experts and so combines without atomics, in a
-fixed order, straight into the caller's buffer.
-grouped: y[s] = weight[s] * (h[s] @ w2[expert].T + b2) for blocks of BM sorted rows on matrix units, y [S, H] in
+direct: out[t] = sum over slots k = 0..K-1, in that order, of weight[t, k] * (h[t*K+k] @
+w2[expert].T + b2): one program per (token, BN columns of out) loops over the token's experts and
+so combines without atomics, in a fixed order, straight into the caller's buffer. grouped: y[s] =
+weight[s] * (h[s] @ w2[expert].T + b2) for blocks of BM sorted rows on matrix units, y [S, H] in
 the model's dtype; the combine step adds the K rows of each token.
 """
 

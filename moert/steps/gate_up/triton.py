@@ -1,13 +1,13 @@
 """Gate/up GEMM with fused bias and activation: h[s] = act(x[token] @ w13[expert].T + b13[expert]).
 
-h is [S, I] in the model's dtype, row s = token * K + slot, whatever the order of the work, so that the rows
-that the down GEMM reads are the same for every strategy. Rows whose expert id is not in 0..E-1 are not
-written, and nobody reads them.
+h is [S, I] in the model's dtype, row s = token * K + slot, whatever the order of the work, so that
+the rows that the down GEMM reads are the same for every strategy. Rows whose expert id is not in
+0..E-1 are not written, and nobody reads them.
 
-direct: one program per (row, BN columns of h); multiply-adds in fp32 without matrix units. No sort precedes
-it. Right while a row is alone with its expert: the weights are read once per row.
-grouped: one program per (block of BM sorted rows, BN columns of h); matrix units, x rows gathered through the
-sort. Blocks past the live ones end at once.
+direct: one program per (row, BN columns of h); multiply-adds in fp32 without matrix units. No sort
+precedes it. Right while a row is alone with its expert: the weights are read once per row.
+grouped: one program per (block of BM sorted rows, BN columns of h); matrix units, x rows gathered
+through the sort. Blocks past the live ones end at once.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def padded_experts(num_experts: int) -> int:
 
 # of the multi-phase strategy: rows a workgroup takes at a time, and the most workgroups
 PHASE_TILE = 128
-MAX_SHARES = 256
+MAX_SHARES = 512
 
 
 def num_shares(tokens: int, top_k: int) -> int:

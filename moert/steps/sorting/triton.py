@@ -65,9 +65,9 @@ def _count(expert, EP: tl.constexpr):
 
 @triton.jit
 def _starts(total, BM: tl.constexpr):
-    """First output rows of the experts [EP] and the number of output rows, from their row counts."""
+    """First output rows of the experts [EP], multiples of BM, from their row counts."""
     blocks = (total + (BM - 1)) // BM
-    return (tl.cumsum(blocks, 0) - blocks) * BM, tl.sum(blocks, 0) * BM
+    return (tl.cumsum(blocks, 0) - blocks) * BM
 
 
 @triton.jit
@@ -83,31 +83,21 @@ def _store_rows(
 
 
 @triton.jit
-def _store_rest(
-    sorted_token_ids_ptr, sorted_weights_ptr, num_valid_ids_ptr, start, total, padded, live, num_tokens,
-    K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+def _store_padding(
+    sorted_token_ids_ptr, sorted_weights_ptr, end, wanted, num_tokens,
+    K: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Fill the experts' last blocks behind their rows, EXPERTS of them a program; store the counts.
+    """Where `wanted`, fill the block that ends with output row `end` - 1 [N]. WIDTH: BM as a power of two."""
+    at = end[:, None] + tl.arange(0, WIDTH)[None, :]
+    inside = wanted[:, None] & (at < ((end + (BM - 1)) // BM * BM)[:, None])
+    tl.store(sorted_token_ids_ptr + at, tl.zeros_like(at) + ((K << 24) | num_tokens), mask=inside)
+    tl.store(sorted_weights_ptr + at, tl.zeros_like(at).to(tl.float32), mask=inside)
 
-    WIDTH: BM as a power of two.
-    """
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    first = program * EXPERTS
-    while first < EP:
-        expert = first + tl.arange(0, EXPERTS)
-        rows = tl.gather(total, expert, 0)
-        begin = tl.gather(start, expert, 0)
-        end = begin + (rows + (BM - 1)) // BM * BM
-        at = (begin + rows)[:, None] + tl.arange(0, WIDTH)[None, :]
-        inside = at < end[:, None]
-        tl.store(
-            sorted_token_ids_ptr + at, tl.zeros_like(at) + ((K << 24) | num_tokens), mask=inside
-        )
-        tl.store(sorted_weights_ptr + at, tl.zeros_like(at).to(tl.float32), mask=inside)
-        first += programs * EXPERTS
-    if program == 0:
-        tl.store(num_valid_ids_ptr, padded)
+
+@triton.jit
+def _store_num_valid(num_valid_ids_ptr, total, live, BM: tl.constexpr):
+    if tl.program_id(0) == 0:
+        tl.store(num_valid_ids_ptr, tl.sum((total + (BM - 1)) // BM, 0) * BM)
         tl.store(num_valid_ids_ptr + 1, live)
 
 
@@ -117,8 +107,7 @@ def sort_one_shot_kernel(
     num_valid_ptr, num_tokens,
     expert_mask_ptr, sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
     E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
-    C: tl.constexpr, SHARE: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    C: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Every program counts all rows, C at a time, and places SHARE of them; nobody waits for anybody.
 
@@ -152,15 +141,16 @@ def sort_one_shot_kernel(
             rank += _earlier(experts, rows, expert, row)
             total += _count(experts, EP)
             first += C
-    start, padded = _starts(total, BM)
+    start = _starts(total, BM)
     at = tl.gather(start, tl.maximum(expert, 0), 0) + rank
     _store_rows(
         sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, at, expert, weight, row, K, BM
     )
-    _store_rest(
-        sorted_token_ids_ptr, sorted_weights_ptr, num_valid_ids_ptr,
-        start, total, padded, live, num_tokens, K, BM, EP, EXPERTS, WIDTH,
-    )  # fmt: skip
+    # the last row of an expert sees to the padding behind it
+    end = tl.gather(start + total, tl.maximum(expert, 0), 0)
+    last = (expert >= 0) & (at + 1 == end)
+    _store_padding(sorted_token_ids_ptr, sorted_weights_ptr, end, last, num_tokens, K, BM, WIDTH)
+    _store_num_valid(num_valid_ids_ptr, total, live, BM)
 
 
 @triton.jit
@@ -210,20 +200,15 @@ def sort_scan_kernel(
 ):  # fmt: skip
     """counts [shares, EP] becomes, in place, the sum of the counts above; totals [EP] of all.
 
-    One program takes COLUMNS experts, DEPTH counts of each at a time.
+    One program takes COLUMNS experts. DEPTH: SHARES as a power of two.
     """
-    num_counts = _num_shares(live_tokens(num_tokens, num_valid_ptr), K, C, SHARES)
+    shares = _num_shares(live_tokens(num_tokens, num_valid_ptr), K, C, SHARES)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.int32)
-    first = 0
-    while first < num_counts:
-        other = (first + tl.arange(0, DEPTH))[:, None]
-        at = counts_ptr + other * EP + column[None, :]
-        counts = tl.load(at, mask=other < num_counts, other=0)
-        tl.store(at, tl.cumsum(counts, 0) - counts + total[None, :], mask=other < num_counts)
-        total += tl.sum(counts, 0)
-        first += DEPTH
-    tl.store(totals_ptr + column, total)
+    share = tl.arange(0, DEPTH)[:, None]
+    at = counts_ptr + share * EP + column[None, :]
+    counts = tl.load(at, mask=share < shares, other=0)
+    tl.store(at, tl.cumsum(counts, 0) - counts, mask=share < shares)
+    tl.store(totals_ptr + column, tl.sum(counts, 0))
 
 
 @triton.jit
@@ -243,7 +228,7 @@ def sort_place_kernel(
         local = _local_experts(expert_mask_ptr, E, EP)
     total = tl.load(totals_ptr + tl.arange(0, EP))
     before = tl.load(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP))
-    start, padded = _starts(total, BM)
+    start = _starts(total, BM)
     following = start + before
     first, end = _share(live, K, C, SHARES)
     while first < end:
@@ -260,7 +245,11 @@ def sort_place_kernel(
         )
         following += _count(expert, EP)
         first += C
-    _store_rest(
-        sorted_token_ids_ptr, sorted_weights_ptr, num_valid_ids_ptr,
-        start, total, padded, live, num_tokens, K, BM, EP, EXPERTS, WIDTH,
-    )  # fmt: skip
+    # the last tile's rows do not know of later ones, so padding is shared out by expert
+    first = tl.program_id(0) * EXPERTS
+    while first < EP:
+        end = tl.gather(start + total, first + tl.arange(0, EXPERTS), 0)
+        every = end >= 0
+        _store_padding(sorted_token_ids_ptr, sorted_weights_ptr, end, every, num_tokens, K, BM, WIDTH)
+        first += tl.num_programs(0) * EXPERTS
+    _store_num_valid(num_valid_ids_ptr, total, live, BM)

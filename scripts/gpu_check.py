@@ -1,0 +1,221 @@
+"""Checks a GPU from end to end and leaves a report: see gpu_check.sh.
+
+Each part prints one line as it ends; a part that fails is reported and makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+
+from moert.config import MoEConfig  # noqa: E402
+from moert.device import device_facts  # noqa: E402
+
+QWEN3_30B = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
+
+
+def contract_tests(part: dict[str, Any]) -> bool:
+    """Every test marked gpu."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    part["summary"] = lines[-1] if lines else done.stderr[-500:]
+    part["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0
+
+
+def memory_checker(part: dict[str, Any]) -> bool:
+    """compute-sanitizer memcheck over eager launches, replays and routing of a small odd layer."""
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if tool is None:
+        part["skipped"] = "compute-sanitizer is not installed"
+        return True
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__]
+    done = subprocess.run(
+        [*command, "--child", "sanitizer"], capture_output=True, text=True, check=False
+    )
+    part["summary"] = (re.findall(r"ERROR SUMMARY: .*", done.stdout) or [done.stderr[-300:]])[-1]
+    return done.returncode == 0
+
+
+def sanitizer_child() -> None:
+    from gpu_support import ODD, assert_close, make_case, runtime
+
+    for policy in (1, 2, 3):
+        with runtime(ODD, sort_policy=policy, max_tokens=24, buckets=(1, 8, 16)) as rt:
+            for tokens in (1, 3, 8, 13, 24, 30):
+                case = make_case(ODD, tokens)
+                rt.forward(case.x, case.topk, case.out)
+                assert_close(case.out, case.expected(rt), ODD.torch_dtype)
+                rt.route(torch.randn(min(tokens, 24), ODD.num_experts, device="cuda"))
+    torch.cuda.synchronize()
+
+
+def host_cost(part: dict[str, Any]) -> bool:
+    """Host time of a replayed forward against a bare graph replay, known and new addresses."""
+    from device_timing import host_us
+    from gpu_support import make_case, runtime, variant
+
+    cfg = variant(QWEN3_30B, num_experts=32)
+    with runtime(cfg) as rt, torch.cuda.stream(torch.cuda.Stream()):
+        for tokens in (1, 8):
+            cases = [make_case(cfg, tokens, seed=s) for s in range(2)]
+            turn = [0]
+
+            def known(cases: list[Any] = cases) -> None:
+                rt.forward(cases[0].x, cases[0].topk, cases[0].out)
+
+            def new(cases: list[Any] = cases, turn: list[int] = turn) -> None:
+                turn[0] ^= 1
+                case = cases[turn[0]]
+                rt.forward(case.x, case.topk, case.out)
+
+            slot = [plan.tokens for plan in rt.plan()].index(tokens)
+            bare = rt._executor._graphs[slot]._graph.replay
+            part[f"T={tokens}"] = {
+                "bare replay us": round(host_us(bare), 2),
+                "forward us": round(host_us(known), 2),
+                "forward, new addresses us": round(host_us(new), 2),
+            }
+    return all(
+        row["forward us"] <= row["bare replay us"] + 4
+        and row["forward, new addresses us"] <= row["bare replay us"] + 10
+        for row in part.values()
+    )
+
+
+def chained_replays(part: dict[str, Any]) -> bool:
+    """48 chained calls against the same 48 layers captured in one graph, device time a layer."""
+    from device_timing import captured, device_us
+    from gpu_support import variant
+    from layer_chain import make_chain, make_layers
+
+    cfg = variant(QWEN3_30B, num_experts=32)
+    layers = make_layers(cfg, 48, max_tokens=64, buckets=(1, 8, 64), tune="off")
+    for tokens in (1, 8, 64):
+        chain = make_chain(layers, tokens, seed=tokens)
+        one = captured(chain.run)
+        row = {}
+        for name, stream in (("side stream", torch.cuda.Stream()), ("null stream", None)):
+            with torch.cuda.stream(stream):
+                times = device_us({"chained": chain.run, "one graph": one.replay})
+            row[name] = {k: round(v / len(layers), 2) for k, v in times.items()}
+        part[f"T={tokens}"] = row
+    for layer in layers:
+        layer.close()
+    return all(
+        times["chained"] <= times["one graph"] + 2.0
+        for row in part.values()
+        for times in row.values()
+    )
+
+
+def start_up(part: dict[str, Any]) -> bool:
+    """A process that makes one layer, then 47 that share: with empty caches, then with warm ones."""
+    with tempfile.TemporaryDirectory() as caches:
+        env = {**os.environ, "TRITON_CACHE_DIR": f"{caches}/triton", "MOERT_TUNING_DIR": caches}
+        for name in ("cold", "warm"):
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", "start_up"],
+                env=env,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                part[name] = done.stderr[-1500:]
+                return False
+            part[name] = json.loads(done.stdout.splitlines()[-1])
+    warm = part["warm"]
+    return part["cold"]["first s"] <= 90 and warm["first s"] <= 3 and warm["further ms"] <= 50
+
+
+def start_up_child() -> None:
+    from moert import ExpertWeights, MoERuntime
+
+    weights = ExpertWeights.random(QWEN3_30B, device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    rt = MoERuntime(QWEN3_30B, weights)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    others = [MoERuntime(QWEN3_30B, weights, share=rt) for _ in range(47)]
+    further = (time.perf_counter() - start) / len(others) * 1e3
+    sources = sorted({plan.source for plan in rt.plan()})
+    print(
+        json.dumps(
+            {
+                "first s": round(first, 2),
+                "further ms": round(further, 1),
+                "graphs MiB": rt.memory()["graphs"] >> 20,
+                "sources": sources,
+            }
+        )
+    )
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "contract tests": contract_tests,
+    "memory checker": memory_checker,
+    "host cost": host_cost,
+    "chained replays": chained_replays,
+    "start-up": start_up,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), help="run these parts only")
+    parser.add_argument("--out", type=Path, help="directory of the report")
+    parser.add_argument("--child", choices=["sanitizer", "start_up"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        {"sanitizer": sanitizer_child, "start_up": start_up_child}[args.child]()
+        return 0
+    facts = device_facts(torch.device("cuda", 0))
+    report: dict[str, Any] = {
+        "device": facts.name,
+        "made_with": {"torch": torch.__version__, "triton": triton.__version__},
+        "parts": {},
+    }
+    for name, check in PARTS.items():
+        if args.only and name not in args.only:
+            continue
+        part: dict[str, Any] = {}
+        start = time.perf_counter()
+        try:
+            passed = check(part)
+        except Exception as error:
+            passed, part["error"] = False, f"{type(error).__name__}: {error}"
+        report["parts"][name] = {"passed": passed, **part}
+        seconds = time.perf_counter() - start
+        print(
+            f"{'PASS' if passed else 'FAIL'}  {name}  ({seconds:.0f} s)  {json.dumps(part)}",
+            flush=True,
+        )
+    out = args.out or ROOT / "bench" / "results" / facts.slug
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if all(part["passed"] for part in report["parts"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
