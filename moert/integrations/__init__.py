@@ -1,0 +1,1 @@
+"""moert inside other libraries: thin layers without kernels, each imported only by who uses that library."""
