@@ -30,7 +30,7 @@ def check_forward(
             stride other than 1; overlapping rows of out; requires_grad; out overlapping an input; num_valid
             not one int32; pad unknown.
     """
-    dtype, tokens = cfg.torch_dtype, x.shape[0] if x.dim() else 0
+    dtype, tokens = cfg.torch_dtype, rows_of("x", x, f"H={cfg.hidden_size}")
     _tensor("x", x, (tokens, cfg.hidden_size), (dtype,), device)
     _tensor("out", out, (tokens, cfg.hidden_size), (dtype,), device)
     _tensor("topk.ids", topk.ids, (tokens, cfg.top_k), ID_DTYPES, device)
@@ -58,6 +58,8 @@ def plainly_fine(cfg: MoEConfig, index: int, key: Key, tensors: Sequence[torch.T
     """
     x_ptr, out_ptr, weights_ptr, ids_ptr, x_shape, out_shape, weights_shape, ids_shape = key[:8]
     x_stride, out_stride, weights_stride, ids_stride, x_dtype, out_dtype = key[8:14]
+    if not len(x_shape) == len(out_shape) == 2:
+        return False
     tokens, dtype = x_shape[0], cfg.torch_dtype
     # extents from the first to behind the last row
     x_end = x_ptr + tokens * x_stride[0] * dtype.itemsize
@@ -104,9 +106,22 @@ def check_logits(cfg: MoEConfig, device: torch.device, logits: torch.Tensor) -> 
     Raises:
         InputError: as for `check_forward`.
     """
-    tokens = logits.shape[0] if logits.dim() else 0
+    tokens = rows_of("router_logits", logits, f"E={cfg.num_experts}")
     floats = (torch.float32, torch.bfloat16, torch.float16)
     _tensor("router_logits", logits, (tokens, cfg.num_experts), floats, device)
+
+
+def rows_of(name: str, tensor: torch.Tensor, columns: str) -> int:
+    """T of a tensor that has to be [T, columns].
+
+    Raises:
+        InputError: anything but a tensor of two dimensions.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+        tensors = isinstance(tensor, torch.Tensor)
+        given = f"shape {list(tensor.shape)}" if tensors else type(tensor).__name__
+        raise InputError(f"{name}: got {given}, need a tensor [T, {columns}]")
+    return tensor.shape[0]
 
 
 def _tensor(
