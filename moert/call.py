@@ -73,14 +73,18 @@ class Call:
         self.no_limit = no_limit
         self.row_multiple = row_multiple
         self._no_limit_ptr = no_limit.data_ptr()
+        self._no_topk = TopK(no_limit, no_limit)
         self._buffer = ctypes.create_string_buffer(_LAYOUT.size)
         self.values: tuple[int, ...] = (0,) * len(NAMES)
         self.tokens = 0
         self.aligned = True
         self.pad_zero = False
-        # the tensors themselves, for code that runs on the host
-        self.x = self.out = self.num_valid = no_limit
-        self.topk = TopK(no_limit, no_limit)
+        self.release()
+
+    def release(self) -> None:
+        """Forget the caller's tensors, which only code that runs on the host reads; the values stay."""
+        self.x = self.out = self.num_valid = self.no_limit
+        self.topk = self._no_topk
 
     def address(self, name: str) -> int:
         """Where the packed value of a call argument lies."""

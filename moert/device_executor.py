@@ -82,7 +82,7 @@ class DeviceExecutor:
             key: the call's `call_key`; a replay of the key a graph holds is neither checked nor bound.
             capturing: what `capturing()` said.
         """
-        slot = self._slot_of[key[4][0]] if key[4] else 0
+        slot = self._slot_of[key[4][0]] if len(key[4]) == 2 else 0
         graph = self._graphs[slot]
         raw = self._current_stream(self._index)
         if graph is None or graph.key != key or capturing:
@@ -91,6 +91,7 @@ class DeviceExecutor:
             if not key[4][0]:
                 return
             self._call.set(key, x, topk, out, num_valid)
+            self._call.release()  # launches take addresses; the caller's tensors are not kept alive
             if capturing:
                 self._join_capture(raw, slot)
                 return
@@ -106,6 +107,13 @@ class DeviceExecutor:
         if self._order.record_each:
             self._order.record()
         self.counts["replays"] += 1
+
+    def rows_left(self, num_valid: torch.Tensor, start: int) -> torch.Tensor:
+        """The live count of the rows from `start` on, after what other streams still read of the last one."""
+        raw = self._current_stream(self._index)
+        if raw != self._order.last_raw:
+            self._order.switch(raw)
+        return self.group.rows_left(num_valid, start)
 
     def capturing(self) -> bool:
         """Whether the current stream is being captured, by somebody else.
@@ -143,12 +151,6 @@ class DeviceExecutor:
 
     def _join_capture(self, raw: int, slot: int) -> None:
         """Launch into the capture under way on the current stream: no sync, no events, second arena."""
-        group, tokens = self.group, self._call.tokens
-        if tokens > group.largest_bucket:
-            raise StateError(
-                f"forward: {tokens} tokens inside a capture, the arena for captures holds the largest "
-                f"bucket, {group.largest_bucket}; raise buckets="
-            )
         program = self._foreign[slot]
         if not self._call.aligned:
             assert self._foreign_unaligned is not None
@@ -159,6 +161,8 @@ class DeviceExecutor:
     def _warm_up(self) -> None:
         """Load and run every kernel once on the capture stream: later launches allocate nothing."""
         stream = self.group.capture_stream
+        # the weights may still be on their way, and who used the arena's memory before may not be done
+        stream.wait_stream(torch.cuda.current_stream(self.group.device))
         with torch.cuda.stream(stream):
             rows = _WarmUpRows(self.group, self._limits[-1])
             programs = [
@@ -216,12 +220,15 @@ class DeviceExecutor:
 
     def _set(self, x: torch.Tensor, topk: TopK, out: torch.Tensor) -> None:
         self._call.set(call_key(x, topk, out, None, "keep"), x, topk, out, None)
+        self._call.release()
 
     def close(self) -> None:
         for graph in self._graphs:
             if graph is not None:
                 graph.close()
         self._graphs, self._programs, self._foreign = [], [], []
+        # every program keeps its arena alive
+        del self._unaligned, self._foreign_unaligned, self._router
 
 
 class _WarmUpRows:

@@ -50,7 +50,12 @@ class HostExecutor:
         if x.shape[0]:
             group.call.set(key, x, topk, out, num_valid)
             self._programs[bisect_left(self._limits, x.shape[0])].run(group.call, 0)
+            group.call.release()
             self.counts["eager"] += 1
+
+    def rows_left(self, num_valid: torch.Tensor, start: int) -> torch.Tensor:
+        """The live count of the rows from `start` on."""
+        return self.group.rows_left(num_valid, start)
 
     def capturing(self) -> bool:
         """There are no captures on a CPU."""
@@ -64,3 +69,4 @@ class HostExecutor:
 
     def close(self) -> None:
         self._programs = []
+        del self._router

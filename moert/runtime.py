@@ -11,9 +11,9 @@ import torch
 
 from moert.build import Built, build, resolve_config
 from moert.call import call_key
-from moert.checks import check_forward, check_logits, check_num_valid
+from moert.checks import check_forward, check_logits, check_num_valid, rows_of
 from moert.config import MoEConfig
-from moert.errors import InputError, StateError, WeightsError
+from moert.errors import ConfigError, InputError, StateError, WeightsError
 from moert.plan import PlanReport
 from moert.topk import TopK, as_topk
 from moert.weights import ExpertWeights
@@ -61,6 +61,8 @@ class MoERuntime:
         self._refusal: str | None = "the runtime was not built"
         self.cfg = resolve_config(model_cfg)
         if share is not None:
+            if not isinstance(share, MoERuntime):
+                raise ConfigError(f"share: got {type(share).__name__}, need a MoERuntime")
             share._usable("share")
         self._built: Built = build(
             self.cfg,
@@ -136,11 +138,15 @@ class MoERuntime:
         pad: str,
     ) -> torch.Tensor:
         with self._lock:
+            if self._refusal is not None:  # closed by another thread meanwhile
+                self._usable("forward")
             capturing = self._capturing()
+            if capturing:
+                self._fits_capture("forward", rows_of("x", x, f"H={self.cfg.hidden_size}"))
             result = self._own_result(x, capturing) if out is None else out
             try:
                 key = call_key(x, topk, result, num_valid, pad)
-            except AttributeError:
+            except (AttributeError, RuntimeError):  # no tensor, or one without addresses
                 check_forward(self.cfg, self.device, x, topk, result, num_valid, pad)
                 raise
             if len(key[4]) == 2 and key[4][0] > self._max_tokens:
@@ -153,13 +159,17 @@ class MoERuntime:
 
     def _own_result(self, x: torch.Tensor, capturing: bool) -> torch.Tensor:
         """Where a call without out= puts its result."""
-        if not isinstance(x, torch.Tensor) or not x.dim():
-            raise InputError(
-                f"x: got {type(x).__name__}, need a tensor [T, H={self.cfg.hidden_size}]"
-            )
-        if x.shape[0] > self._max_tokens:
+        tokens = rows_of("x", x, f"H={self.cfg.hidden_size}")
+        if tokens > self._max_tokens:
             return torch.empty_like(x)
-        return self._group.results_for(capturing).peek_output(x.shape[0])
+        return self._group.results_for(capturing).peek_output(tokens)
+
+    def _fits_capture(self, what: str, tokens: int) -> None:
+        if tokens > (most := self._group.largest_bucket):
+            raise StateError(
+                f"{what}: {tokens} rows inside a capture, the arena for captures holds the largest "
+                f"bucket, {most}; raise buckets="
+            )
 
     def _forward_chunks(
         self,
@@ -175,8 +185,7 @@ class MoERuntime:
             rows = slice(start, start + self._max_tokens)
             live = None
             if num_valid is not None:
-                live = self._group.chunk_live
-                torch.sub(num_valid.view(()), start, out=live)
+                live = self._executor.rows_left(num_valid, start)
             chunk = TopK(topk.weights[rows], topk.ids[rows])
             self._forward(x[rows], chunk, out[rows], live, pad)
             self._counts["calls"] -= 1
@@ -219,12 +228,10 @@ class MoERuntime:
     def _route(self, logits: torch.Tensor, num_valid: torch.Tensor | None) -> TopK:
         group, tokens = self._group, logits.shape[0]
         with group.lock:
+            self._usable("route")  # not closed by another thread meanwhile
             capturing = self._capturing()
-            if capturing and tokens > group.largest_bucket:
-                raise StateError(
-                    f"route: {tokens} rows inside a capture, need at most the largest bucket, "
-                    f"{group.largest_bucket}; raise buckets="
-                )
+            if capturing:
+                self._fits_capture("route", tokens)
             out = group.results_for(capturing).next_topk(tokens)
             if tokens:
                 self._executor.route(logits, out, num_valid, capturing)

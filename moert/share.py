@@ -55,7 +55,7 @@ class ShareGroup:
             cfg, device, self.largest_bucket if self.joins_captures else 0
         )
         self._scalars = torch.tensor([NO_LIMIT, 0], dtype=torch.int32, device=device)
-        self.chunk_live = self._scalars[1]
+        self._chunk_live = self._scalars[1]
         self.call = Call(self._scalars[0], 16 if cfg.hidden_size % 16 == 0 else 1)
         self.arena: Arena | None = None
         self.capture_arena: Arena | None = None
@@ -70,6 +70,11 @@ class ShareGroup:
     def results_for(self, capturing: bool) -> ResultBuffers:
         """The buffers of results that the runtime returns, or of calls inside somebody's capture."""
         return self.captured_results if capturing else self.results
+
+    def rows_left(self, num_valid: torch.Tensor, start: int) -> torch.Tensor:
+        """The live count of the rows from `start` on, in the group's own scalar."""
+        torch.clamp(num_valid.view(()), min=start, out=self._chunk_live)
+        return self._chunk_live.sub_(start)
 
     def make_arenas(self) -> None:
         """Allocate the arena for the largest plan, and the one for captures by others."""
