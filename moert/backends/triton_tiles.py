@@ -38,6 +38,9 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
 
 
 def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int]]:
+    if facts.kind == "hip" and facts.warp_size == 32:
+        # RDNA: compiled for gfx1151, any deeper tile of short reductions spills hundreds of registers
+        return [(64, 32, 8 if bm >= 64 else 4, 2), (32, 32, 4, 1)]
     if bm >= 64:
         return [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
     deep = 4 if facts.kind == "cuda" else 2
