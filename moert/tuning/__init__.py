@@ -1,0 +1,1 @@
+"""Which strategy and tiles each bucket runs: looked up in records, else measured, else the heuristic."""

@@ -1,0 +1,274 @@
+"""The candidates of one bucket on trial: temporary memory, programs, the check of each, and their times."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+
+from moert.arena import Arena, layout
+from moert.backends.base import Backend, Program
+from moert.plan import Choice
+from moert.topk import TopK
+from moert.tuning.check import Check, new_call, set_call
+from moert.tuning.measure import (
+    Rotation,
+    cache_bytes,
+    distinct_experts,
+    plan_rotation,
+    rotated_ids,
+    successive_halving,
+)
+from moert.tuning.probes import Enqueue, Probes, Repeated
+from moert.weights import ExpertWeights
+
+log = logging.getLogger("moert")
+
+MEMORY_FRACTION: Final = 0.9  # of what is free: allocators round up, kernels are loaded
+TIMING_S: Final = 5.0  # after this the timing of a bucket ends with the stage it is in
+
+
+class Layer:
+    """What the trials of all buckets use: the backend, its compiled kernels, copies of its weights.
+
+    Args:
+        backend: bound to the layer's weights.
+        probes: its device.
+    """
+
+    def __init__(self, backend: Backend, probes: Probes) -> None:
+        self.backend, self.probes = backend, probes
+        self.kernel_cache: dict[Any, Any] = {}
+        self._bound = [backend]
+        self.used = False  # something was put on the device
+
+    def rotation(self, tokens: int) -> Rotation:
+        """How timed calls of `tokens` rows spread over the weights."""
+        cfg, weights = self.backend.cfg, self.backend.weights
+        layer_bytes = sum(t.numel() * t.element_size() for t in (weights.w13, weights.w2))
+        hit = distinct_experts(cfg.num_experts, cfg.top_k, tokens) / cfg.num_experts
+        cache = cache_bytes(self.backend.facts)
+        return plan_rotation(layer_bytes, int(hit * layer_bytes), cache, self.probes.free_bytes())
+
+    def bound_to_copies(self, count: int) -> list[Backend]:
+        """The backend, and others of its kind bound to copies of the weights.
+
+        Raises:
+            torch.OutOfMemoryError: the copies do not fit after all.
+        """
+        backend = self.backend
+        while len(self._bound) < count:
+            copy = copied(backend.weights)
+            self._bound.append(type(backend)(backend.cfg, copy, backend.facts))
+        return self._bound[:count]
+
+    def forget_copies(self) -> None:
+        del self._bound[1:]
+
+    def close(self) -> None:
+        """Free everything on the device."""
+        self.forget_copies()
+        self.kernel_cache.clear()
+        if self.used:
+            self.probes.release()
+
+
+class Trial:
+    """One bucket's trial; use as a context manager.
+
+    Args:
+        layer: shared by all trials.
+        tokens: B.
+        choices: candidates; those that do not fit the free memory are left out of `choices`.
+
+    Raises:
+        torch.OutOfMemoryError: not even the inputs fit.
+    """
+
+    def __init__(self, layer: Layer, tokens: int, choices: Sequence[Choice]) -> None:
+        self._layer, self._tokens = layer, tokens
+        layer.used = True
+        cfg = layer.backend.cfg
+        self._check = Check(cfg, layer.backend.weights, tokens)
+        self._call = new_call(cfg, layer.backend.weights.device)
+        self.choices, self._arena = self._allocate(choices)
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._arena, self._check
+
+    @property
+    def checkable(self) -> bool:
+        """There is something to compare with: weights that nobody has filled yet give NaN."""
+        return self._check.possible
+
+    def _bytes(self, choice: Choice) -> int:
+        return layout(self._layer.backend.fields(self._tokens, choice))[1]
+
+    def _allocate(self, choices: Sequence[Choice]) -> tuple[list[Choice], Arena]:
+        """The candidates that fit, and an arena for the largest of them."""
+        # the check keeps a second output
+        limit = int(MEMORY_FRACTION * self._layer.probes.free_bytes()) - self._check.out.nbytes
+        while True:
+            sizes = {choice: self._bytes(choice) for choice in choices}
+            fitting = [choice for choice in choices if sizes[choice] <= limit]
+            largest = max((sizes[choice] for choice in fitting), default=0)
+            if len(fitting) < len(choices):
+                log.debug(
+                    "tuning %d tokens: %d of %d candidates need more than %d bytes",
+                    self._tokens,
+                    len(choices) - len(fitting),
+                    len(choices),
+                    limit,
+                )
+            try:
+                return fitting, Arena(self._layer.backend.weights.device, largest)
+            except torch.OutOfMemoryError:
+                limit = largest - 1
+                if limit < 0:
+                    raise
+
+    def sound(self, anchor: Choice | None = None) -> dict[Choice, Program]:
+        """The programs of the candidates that compile and give right results; `anchor` is checked first."""
+        built = self._build()
+        order = sorted(built, key=lambda choice: choice != anchor)
+        sound = {}
+        for choice in order:
+            fault = self._fault(built[choice])
+            if fault is None:
+                sound[choice] = built[choice]
+            else:
+                level = logging.WARNING if choice == anchor else logging.INFO
+                log.log(level, "tuning %d tokens: %s rejected: %s", self._tokens, choice, fault)
+        return sound
+
+    def _build(self) -> dict[Choice, Program]:
+        built: dict[Choice, Program] = {}
+        for strategy in dict.fromkeys(choice.strategy for choice in self.choices):
+            same = [choice for choice in self.choices if choice.strategy == strategy]
+            # the first alone, so that kernels which all of them share are compiled once
+            for wave in (same[:1], same[1:]):
+                makers = [self._maker(self._layer.backend, choice) for choice in wave]
+                for choice, result in zip(wave, self._layer.probes.build(makers), strict=True):
+                    if isinstance(result, Exception):
+                        self._dropped(choice, result)
+                    else:
+                        built[choice] = result
+        return built
+
+    def _dropped(self, choice: Choice, error: Exception) -> None:
+        log.debug("tuning %d tokens: %s dropped: %r", self._tokens, choice, error)
+
+    def _maker(self, backend: Backend, choice: Choice) -> Callable[[], Program]:
+        def make() -> Program:
+            views = self._arena.views(backend.fields(self._tokens, choice))
+            return backend.program(
+                self._tokens, choice, views, kernel_cache=self._layer.kernel_cache
+            )
+
+        return make
+
+    def _fault(self, program: Program) -> str | None:
+        try:
+            return self._check.fault(
+                lambda call: self._layer.probes.run(program, call), self._call, self._arena
+            )
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def times(
+        self,
+        programs: dict[Choice, Program],
+        anchor: Choice | None,
+        on_stage: Callable[[], None],
+    ) -> tuple[dict[Choice, float], bool]:
+        """Median microseconds of the candidates timed to the end, and whether their weights were cold."""
+        layer, probes = self._layer, self._layer.probes
+        rotation = layer.rotation(self._tokens)
+        try:
+            backends = layer.bound_to_copies(rotation.copies)
+        except torch.OutOfMemoryError:
+            layer.forget_copies()
+            backends, rotation = [layer.backend], replace(rotation, copies=1, cold=False)
+        routings = self._routings(rotation)
+        repeated: dict[Choice, Repeated] = {}
+        try:
+            for choice, program in programs.items():
+                graph = self._repeated(choice, program, backends, routings)
+                if graph is not None:
+                    repeated[choice] = graph
+            if not repeated:
+                return {}, rotation.cold
+            start = probes.now()
+
+            def time(entrants: Sequence[Choice], groups: int) -> list[list[float]]:
+                on_stage()
+                return probes.time([repeated[choice] for choice in entrants], groups)
+
+            medians = successive_halving(
+                list(repeated), anchor, time, lambda: probes.now() - start > TIMING_S
+            )
+        finally:
+            for graph in repeated.values():
+                graph.close()
+        return medians, rotation.cold
+
+    def _routings(self, rotation: Rotation) -> list[tuple[int, TopK]]:
+        """(copy, routing) of each call; every tensor is an allocation of its own, hence aligned."""
+        cfg, weights = self._layer.backend.cfg, self._check.topk.weights
+        drawn = rotated_ids(cfg.num_experts, cfg.top_k, self._tokens, rotation)
+        return [(copy, TopK(weights, ids.to(weights.device))) for copy, ids in drawn]
+
+    def _repeated(
+        self,
+        choice: Choice,
+        program: Program,
+        backends: Sequence[Backend],
+        routings: Sequence[tuple[int, TopK]],
+    ) -> Repeated | None:
+        try:
+            calls = self._calls(choice, program, backends, routings)
+            return self._layer.probes.repeat(calls)
+        except Exception as error:
+            # one more thing that a device may refuse: not enough memory for its graph
+            self._dropped(choice, error)
+            return None
+
+    def _calls(
+        self,
+        choice: Choice,
+        program: Program,
+        backends: Sequence[Backend],
+        routings: Sequence[tuple[int, TopK]],
+    ) -> list[Enqueue]:
+        programs = [program, *(self._maker(backend, choice)() for backend in backends[1:])]
+        for other in programs[1:]:
+            # whatever a program does on its first run must not happen inside a capture
+            self._layer.probes.run(other, self._call)
+        return [self._enqueue(programs[copy], topk) for copy, topk in routings]
+
+    def _enqueue(self, program: Program, topk: TopK) -> Enqueue:
+        x, out, call = self._check.x, self._check.out, self._call
+
+        def enqueue(stream: int) -> None:
+            set_call(call, x, topk, out)
+            program.run(call, stream)
+
+        return enqueue
+
+
+def copied(weights: ExpertWeights) -> ExpertWeights:
+    """Copies of the two matrices with the very strides they have, so that the same kernels fit."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        new = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        return new.copy_(tensor)
+
+    return replace(weights, w13=copy(weights.w13), w2=copy(weights.w2))

@@ -1,0 +1,293 @@
+"""Decides every bucket's plan before any arena exists: records first, then measurement, then the heuristic.
+
+Where torch.distributed runs, rank 0 decides and the others are told; otherwise processes that start at once
+on one machine take turns by the lock of the record file, so that one measures and the others read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from moert.backends.base import Backend
+from moert.errors import StateError
+from moert.plan import STRATEGIES, Choice, Plan
+from moert.tuning.agree import agree
+from moert.tuning.measure import pick
+from moert.tuning.probes import DeviceProbes, Probes
+from moert.tuning.progress import Progress
+from moert.tuning.store import Record, Store, geometry, open_store
+from moert.tuning.trial import Layer, Trial
+
+log = logging.getLogger("moert")
+
+_POLICY_STRATEGIES: Final = {
+    0: STRATEGIES,
+    1: ("one_shot",),
+    2: ("multi_phase",),
+    3: ("none",),
+}
+
+
+def strategies_for(policy: int) -> tuple[str, ...]:
+    """The sorting strategies that a policy of `moert.env.SORT_POLICIES` allows."""
+    return _POLICY_STRATEGIES[policy]
+
+
+def allowed_candidates(backend: Backend, tokens: int, policy: int) -> tuple[list[Choice], str]:
+    """Choices that a policy allows for a bucket, the default first, and what had to be bent for that, or "".
+
+    A policy may name a strategy that cannot serve a bucket (one workgroup sorts only so many rows): then all
+    strategies are allowed for it.
+    """
+    strategies, default = strategies_for(policy), backend.default_choice(tokens)
+    found = [c for c in backend.candidates(tokens, strategies) if c.strategy in strategies]
+    if default.strategy in strategies:
+        return list(dict.fromkeys((default, *found))), ""
+    if found:
+        return list(dict.fromkeys(found)), ""
+    # no tile is worth timing, but the policy's strategy still works with the smallest bucket's
+    smallest = backend.default_choice(1)
+    if smallest.strategy in strategies:
+        return [smallest], ""
+    every = list(dict.fromkeys((default, *backend.candidates(tokens, STRATEGIES))))
+    if len(every) == 1:
+        return every, ""  # a backend that has nothing to choose
+    text = f"sort_policy={policy} cannot sort {tokens} tokens; all strategies were allowed for them"
+    return every, text
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided for one bucket: the fields of `Plan` that do not follow from the rest."""
+
+    choice: Choice
+    source: str = "heuristic"
+    us: float | None = None
+    default_us: float | None = None
+
+
+def plan_buckets(
+    backend: Backend,
+    sizes: Sequence[tuple[int, bool]],
+    *,
+    policy: int = 0,
+    mode: str = "auto",
+    tuning_dir: Path | None = None,
+    notes: list[str] | None = None,
+    probes: Probes | None = None,
+    store: Store | None = None,
+) -> tuple[Plan, ...]:
+    """The plans of all buckets of a share group.
+
+    Everything that is needed on the device meanwhile is freed again. Buckets measured before an
+    interruption are kept.
+
+    Args:
+        backend: bound to the weights of the group's first layer, whose device is current.
+        sizes: (tokens, captured) of each plan.
+        policy: a key of `moert.env.SORT_POLICIES`.
+        mode: one of `moert.env.TUNE_MODES`.
+        tuning_dir: looked up, and written, before the user's cache.
+        notes: what a reader of the plans should know is appended.
+        probes, store: stand in for the device and for the record files.
+
+    Raises:
+        StateError: the current stream is capturing, or rank 0 failed.
+    """
+    if probes is None:
+        if backend.facts.kind == "cpu":
+            found = [allowed_candidates(backend, tokens, policy) for tokens, _ in sizes]
+            if notes is not None:
+                notes += dict.fromkeys(text for _, text in found if text)
+            pairs = zip(sizes, found, strict=True)
+            return tuple(backend.plan(*size, choices[0]) for size, (choices, _) in pairs)
+        probes = DeviceProbes(backend.weights.device)
+    if probes.capturing():
+        raise StateError(
+            "tuning: the current stream is capturing, and tuning compiles, allocates and waits; make the "
+            "runtime before the capture"
+        )
+    if store is None:
+        store = open_store(
+            backend.facts,
+            backend.cfg,
+            backend.weights,
+            backend.name,
+            probes.versions(),
+            tuning_dir,
+        )
+    tuner = Tuner(backend, probes, store, policy, mode)
+    buckets = [tokens for tokens, _ in sizes]
+
+    def decide() -> tuple[dict[int, Decision], list[str]]:
+        with torch.no_grad():
+            return tuner.decide(buckets), tuner.notes
+
+    name = geometry(backend.cfg, backend.weights, backend.name)
+    question = (backend.facts.slug, name, tuple(buckets), policy, mode)
+    decisions, said = agree(question, decide)
+    if notes is not None:
+        notes += said
+    return tuple(
+        backend.plan(
+            tokens,
+            captured,
+            decisions[tokens].choice,
+            source=decisions[tokens].source,
+            us=decisions[tokens].us,
+            default_us=decisions[tokens].default_us,
+        )
+        for tokens, captured in sizes
+    )
+
+
+class Tuner:
+    """Decides the buckets of one layer geometry in one process.
+
+    Args:
+        backend: bound to a layer of this geometry.
+        probes: its device.
+        store: the records of this geometry.
+        policy, mode: as for `plan_buckets`.
+    """
+
+    def __init__(
+        self, backend: Backend, probes: Probes, store: Store, policy: int, mode: str
+    ) -> None:
+        self.notes: list[str] = []
+        self._backend, self._probes, self._store = backend, probes, store
+        self._policy, self._mode = policy, mode
+        self._winner: Choice | None = None
+
+    def decide(self, buckets: Sequence[int]) -> dict[int, Decision]:
+        """One decision per bucket."""
+        sizes = sorted(set(buckets))
+        candidates = {}
+        for tokens in sizes:
+            candidates[tokens], note = allowed_candidates(self._backend, tokens, self._policy)
+            self._note(note)
+        found: dict[int, Decision] = {}
+        with self._open_layer() as layer:
+            if self._mode != "force":
+                found = self._look_up(layer, sizes, candidates)
+            missing = [t for t in sizes if t not in found and len(candidates[t]) > 1]
+            if missing and self._mode != "off":
+                with self._store.lock():
+                    if self._mode != "force":
+                        # another process may have measured while this one waited
+                        self._store.reload()
+                        found |= self._look_up(layer, missing, candidates)
+                    todo = [tokens for tokens in missing if tokens not in found]
+                    found |= self._measure_all(layer, todo, candidates)
+        return {t: found.get(t) or Decision(candidates[t][0]) for t in sizes}
+
+    @contextlib.contextmanager
+    def _open_layer(self) -> Iterator[Layer]:
+        layer = Layer(self._backend, self._probes)
+        try:
+            yield layer
+        finally:
+            layer.close()
+
+    def _note(self, text: str) -> None:
+        if text and text not in self.notes:
+            self.notes.append(text)
+
+    def _look_up(
+        self, layer: Layer, sizes: Sequence[int], candidates: dict[int, list[Choice]]
+    ) -> dict[int, Decision]:
+        found = {}
+        for tokens in sizes:
+            strategies = {choice.strategy for choice in candidates[tokens]}
+            for record in self._store.find(tokens, self._policy):
+                if record.choice.strategy in strategies and self._trusted(layer, tokens, record):
+                    found[tokens] = Decision(
+                        record.choice, record.source, record.us, record.default_us
+                    )
+                    break
+        return found
+
+    def _trusted(self, layer: Layer, tokens: int, record: Record) -> bool:
+        """Made by this very code, or checked now."""
+        if self._store.made_by_this_code(record):
+            return True
+        made = " ".join(f"{name} {record.made_with.get(name, '?')}" for name in ("moert", "triton"))
+        try:
+            with Trial(layer, tokens, [record.choice]) as trial:
+                right = trial.checkable and bool(trial.sound())
+        except torch.OutOfMemoryError:
+            right = False
+        if right:
+            self._note(f"{tokens} tokens: {record.source} record made with {made}, checked here")
+        else:
+            log.warning(
+                "tuning record of %d tokens (%s, %s): its choice %s could not be confirmed here: ignored",
+                tokens,
+                record.source,
+                made,
+                record.choice,
+            )
+        return right
+
+    def _measure_all(
+        self, layer: Layer, sizes: Sequence[int], candidates: dict[int, list[Choice]]
+    ) -> dict[int, Decision]:
+        measured: dict[int, Decision] = {}
+        self._winner = None
+        progress = Progress(self._store.name, len(sizes))
+        try:
+            for number, tokens in enumerate(sizes):
+                progress.update(number, f"{tokens} tokens")
+                decision = self._measure(layer, tokens, candidates[tokens], progress, number)
+                if decision is not None:
+                    measured[tokens] = decision
+        finally:
+            progress.close()
+        return measured
+
+    def _measure(
+        self,
+        layer: Layer,
+        tokens: int,
+        candidates: Sequence[Choice],
+        progress: Progress,
+        number: int,
+    ) -> Decision | None:
+        """Measure one bucket and keep the record; None where nothing could be."""
+        default, winner = candidates[0], self._winner
+        if winner is not None and winner.strategy in {choice.strategy for choice in candidates}:
+            # the neighbour's winner may be no candidate of this bucket's own list
+            candidates = list(dict.fromkeys((*candidates, winner)))
+        stages = iter((0.7, 0.8, 0.9))
+        try:
+            with Trial(layer, tokens, candidates) as trial:
+                if not trial.checkable:
+                    self._note("not tuned: the weights hold values that are not finite")
+                    return None
+                programs = trial.sound(default)
+                medians, cold = trial.times(
+                    programs,
+                    default if default in programs else None,
+                    lambda: progress.update(number + next(stages, 0.95), f"{tokens} tokens"),
+                )
+        except torch.OutOfMemoryError as error:
+            log.debug("tuning %d tokens: %r", tokens, error)
+            medians, cold = {}, True
+        if not medians:
+            self._note(f"{tokens} tokens: not tuned, no candidate could be checked and timed here")
+            return None
+        if not cold:
+            self._note("timed on warm weights: the layer is too small to be read from memory")
+        self._winner = choice = pick(medians, default)
+        us, default_us = round(medians[choice], 3), medians.get(default)
+        default_us = None if default_us is None else round(default_us, 3)
+        record = Record(choice, us, default_us, cold, self._store.made_with)
+        self._store.add(tokens, self._policy, record)
+        return Decision(choice, "tuned", us, default_us)
