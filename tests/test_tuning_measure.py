@@ -15,7 +15,14 @@ from moert.config import MoEConfig
 from moert.device import KNOWN_DEVICES
 from moert.steps.experts_reference import experts_reference
 from moert.topk import TopK
-from moert.tuning.check import Check, new_call, reference_on_host, relative_error
+from moert.tuning.check import (
+    TOLERANCE,
+    WORST_ROW,
+    Check,
+    new_call,
+    reference_on_host,
+    relative_error,
+)
 from moert.tuning.measure import (
     BARELY_COLD,
     COLD_CACHES,
@@ -191,6 +198,17 @@ def one_element_wrong(y: torch.Tensor, *_: object) -> torch.Tensor:
     return y
 
 
+def every_row_slightly_wrong(y: torch.Tensor, *_: object) -> torch.Tensor:
+    # within what one row may be wrong by, but all rows are
+    return y * (1.0 + 0.75 * WORST_ROW * TOLERANCE[torch.float32])
+
+
+def one_row_slightly_wrong(y: torch.Tensor, *_: object) -> torch.Tensor:
+    # lost among the others when all rows are taken together
+    y[0] *= 1.0 + 1.25 * WORST_ROW * TOLERANCE[torch.float32]
+    return y
+
+
 def reads_scratch(y: torch.Tensor, _: object, views: dict[str, torch.Tensor]) -> torch.Tensor:
     # poison is NaN in every float format
     return y + views["h"][:4].view(torch.float32)
@@ -217,6 +235,8 @@ def raises(y: torch.Tensor, *_: object) -> torch.Tensor:
     [
         (None, None),
         (one_element_wrong, "relative error"),
+        (every_row_slightly_wrong, "relative error"),
+        (one_row_slightly_wrong, "relative error"),
         (reads_scratch, "relative error nan"),
         (skips_last_row, "relative error nan"),
         (reads_padding, "relative error nan"),
