@@ -50,13 +50,12 @@ def sort(
     tokens, top_k = topk_ids.shape
     strategy = strategy_of(policy)
     device = topk_ids.device
-    rows = out.rows if isinstance(out, SortBuffers) else out
+    rows, scratch = (out.rows, out.scratch) if isinstance(out, SortBuffers) else (out, None)
     if rows is None:
         rows = SortedRows.empty(tokens, top_k, num_experts, block_size, device)
     elif not isinstance(rows, SortedRows):
         raise InputError(f"out: got {type(out).__name__}, need SortBuffers, SortedRows or None")
     else:
-        scratch = out.scratch if isinstance(out, SortBuffers) else None
         check_out(rows, scratch, tokens, top_k, num_experts, block_size, device)
     topk_weights = topk_weights.detach()
     if device.type == "cpu":
@@ -67,9 +66,15 @@ def sort(
         return rows
     from moert.steps.sorting.gpu import sort_gpu
 
-    given = out if isinstance(out, SortBuffers) else None
-    scratch = given.scratch if given else None
     sort_gpu(
-        strategy, topk_ids, topk_weights, num_experts, block_size, num_valid, expert_mask, rows, scratch
+        strategy,
+        topk_ids,
+        topk_weights,
+        num_experts,
+        block_size,
+        num_valid,
+        expert_mask,
+        rows,
+        scratch,
     )
     return rows

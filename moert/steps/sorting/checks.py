@@ -26,7 +26,7 @@ POLICIES = {
 
 
 def strategy_of(policy: int) -> str:
-    """"auto", "one_shot" or "multi_phase".
+    """ "auto", "one_shot" or "multi_phase".
 
     Raises:
         InputError: 3, or a policy that does not exist.
@@ -66,7 +66,9 @@ def check_sort(
     if expert_mask is not None:
         _tensor("expert_mask", expert_mask, (num_experts,), (torch.int32,), device)
         if not expert_mask.is_contiguous():
-            raise InputError(f"expert_mask: got strides {expert_mask.stride()}, need a contiguous one")
+            raise InputError(
+                f"expert_mask: got strides {expert_mask.stride()}, need a contiguous one"
+            )
     check_packable(tokens, top_k)
 
 

@@ -30,7 +30,8 @@ from moert.steps.sorting.triton import (
 MAX_EXPERTS = 1024
 MAX_ROWS = 2**30  # positions are int32
 MAX_ONE_SHOT_ROWS = 8192
-# one-shot against multi-phase on an H200 (E=128, K=8): 3.0 to 6 us at 1024 rows, 11 to 6 at 4096
+# us on an H200 (E=128, K=8), one-shot and multi-phase: 3.1 and 7.6 at 1024 rows, 5.3 and 7.7 at 2048,
+# 10 and 7.7 at 2560
 AUTO_ONE_SHOT_ROWS = 2048
 ONE_SHOT_TILE = 1024  # rows counted at a time, at most
 SCAN_COLUMNS = 8
@@ -49,9 +50,9 @@ def one_shot_tile(rows: int) -> int:
 def one_shot_share(rows: int) -> int:
     """Rows a workgroup compares with all others and places.
 
-    Best of 4 to 64 on an H200: 4 at 64 rows, 8 at 512 and 1024, 32 at 4096. More than 32 spill registers.
+    Best on an H200: 4 at 64 rows, 8 at 512 and 1024, 16 at 4096 (32 is as fast, but spills registers).
     """
-    return max(4 if rows <= 256 else 8, min(32, _power_of_two(-(-rows // 128))))
+    return max(4 if rows <= 256 else 8, min(16, _power_of_two(-(-rows // 128))))
 
 
 def shared_bytes(tile: int, num_experts: int) -> int:
@@ -145,6 +146,7 @@ def sort_launches(
 
     sizes |= {"C": PHASE_TILE, "SHARES": MAX_SHARES}
     scratch = views["sort_scratch"]
+    depth = max(16, _power_of_two(num_shares(tokens, top_k)))
     counts = {"counts_ptr": scratch}
     totals = {"totals_ptr": scratch[num_shares(tokens, top_k)]}
     return [
@@ -159,7 +161,7 @@ def sort_launches(
             sort_scan_kernel,
             lambda _: (experts // SCAN_COLUMNS, 1, 1),
             {**counts, **totals},
-            {**sizes, "COLUMNS": SCAN_COLUMNS, "DEPTH": _power_of_two(MAX_SHARES)},
+            {**sizes, "COLUMNS": SCAN_COLUMNS, "DEPTH": depth},
             _warps(128, facts),
         ),
         Launch(

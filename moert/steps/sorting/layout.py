@@ -65,7 +65,9 @@ class SortBuffers:
         """Uninitialised buffers for any sort of up to `tokens` rows of K ids."""
         return cls(
             SortedRows.empty(tokens, top_k, num_experts, block_size, device),
-            torch.empty(scratch_shape(tokens, top_k, num_experts), dtype=torch.int32, device=device),
+            torch.empty(
+                scratch_shape(tokens, top_k, num_experts), dtype=torch.int32, device=device
+            ),
         )
 
 
@@ -112,4 +114,6 @@ def check_packable(tokens: int, top_k: int) -> None:
             f"sort: got T={tokens}, supported is T < 2^24 a sort (24 bits of an entry); sort in chunks"
         )
     if top_k > MAX_TOP_K:
-        raise UnsupportedError(f"sort: got K={top_k}, supported is K <= {MAX_TOP_K} (7 bits of an entry)")
+        raise UnsupportedError(
+            f"sort: got K={top_k}, supported is K <= {MAX_TOP_K} (7 bits of an entry)"
+        )

@@ -40,6 +40,8 @@ def sort_torch(
     out.sorted_token_ids[at] = (slot << 24 | token).to(torch.int32)
     out.sorted_weights[:padded] = 0.0
     out.sorted_weights[at] = topk_weights[token, slot].float()
-    out.sorted_expert_ids[:num_blocks] = torch.arange(num_experts).repeat_interleave(blocks).to(torch.int32)
+    out.sorted_expert_ids[:num_blocks] = (
+        torch.arange(num_experts).repeat_interleave(blocks).to(torch.int32)
+    )
     out.num_valid_ids[0] = padded
     out.num_valid_ids[1] = live

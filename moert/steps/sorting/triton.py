@@ -84,12 +84,15 @@ def _store_rows(
 
 @triton.jit
 def _store_padding(
-    sorted_token_ids_ptr, sorted_weights_ptr, end, wanted, num_tokens,
+    sorted_token_ids_ptr, sorted_weights_ptr, behind, wanted, num_tokens,
     K: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Where `wanted`, fill the block that ends with output row `end` - 1 [N]. WIDTH: BM as a power of two."""
-    at = end[:, None] + tl.arange(0, WIDTH)[None, :]
-    inside = wanted[:, None] & (at < ((end + (BM - 1)) // BM * BM)[:, None])
+    """Where `wanted`, fill from the output row `behind` [N] to the end of its block.
+
+    WIDTH: BM as a power of two.
+    """
+    at = behind[:, None] + tl.arange(0, WIDTH)[None, :]
+    inside = wanted[:, None] & (at < ((behind + (BM - 1)) // BM * BM)[:, None])
     tl.store(sorted_token_ids_ptr + at, tl.zeros_like(at) + ((K << 24) | num_tokens), mask=inside)
     tl.store(sorted_weights_ptr + at, tl.zeros_like(at).to(tl.float32), mask=inside)
 
@@ -144,12 +147,20 @@ def sort_one_shot_kernel(
     start = _starts(total, BM)
     at = tl.gather(start, tl.maximum(expert, 0), 0) + rank
     _store_rows(
-        sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, at, expert, weight, row, K, BM
+        sorted_token_ids_ptr,
+        sorted_weights_ptr,
+        sorted_expert_ids_ptr,
+        at,
+        expert,
+        weight,
+        row,
+        K,
+        BM,
     )
     # the last row of an expert sees to the padding behind it
-    end = tl.gather(start + total, tl.maximum(expert, 0), 0)
-    last = (expert >= 0) & (at + 1 == end)
-    _store_padding(sorted_token_ids_ptr, sorted_weights_ptr, end, last, num_tokens, K, BM, WIDTH)
+    behind = tl.gather(start + total, tl.maximum(expert, 0), 0)
+    last = (expert >= 0) & (at + 1 == behind)
+    _store_padding(sorted_token_ids_ptr, sorted_weights_ptr, behind, last, num_tokens, K, BM, WIDTH)
     _store_num_valid(num_valid_ids_ptr, total, live, BM)
 
 
@@ -200,7 +211,7 @@ def sort_scan_kernel(
 ):  # fmt: skip
     """counts [shares, EP] becomes, in place, the sum of the counts above; totals [EP] of all.
 
-    One program takes COLUMNS experts. DEPTH: SHARES as a power of two.
+    One program takes COLUMNS experts. DEPTH: a power of two, no less than the shares.
     """
     shares = _num_shares(live_tokens(num_tokens, num_valid_ptr), K, C, SHARES)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -241,15 +252,25 @@ def sort_place_kernel(
         )
         at = tl.gather(following, tl.maximum(expert, 0), 0) + _earlier(expert, row, expert, row)
         _store_rows(
-            sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, at, expert, weight, row, K, BM
+            sorted_token_ids_ptr,
+            sorted_weights_ptr,
+            sorted_expert_ids_ptr,
+            at,
+            expert,
+            weight,
+            row,
+            K,
+            BM,
         )
         following += _count(expert, EP)
         first += C
-    # the last tile's rows do not know of later ones, so padding is shared out by expert
+    # shared out by expert: few programs see an expert's last row, and those may see many
     first = tl.program_id(0) * EXPERTS
     while first < EP:
-        end = tl.gather(start + total, first + tl.arange(0, EXPERTS), 0)
-        every = end >= 0
-        _store_padding(sorted_token_ids_ptr, sorted_weights_ptr, end, every, num_tokens, K, BM, WIDTH)
+        behind = tl.gather(start + total, first + tl.arange(0, EXPERTS), 0)
+        every = behind >= 0
+        _store_padding(
+            sorted_token_ids_ptr, sorted_weights_ptr, behind, every, num_tokens, K, BM, WIDTH
+        )
         first += tl.num_programs(0) * EXPERTS
     _store_num_valid(num_valid_ids_ptr, total, live, BM)
