@@ -101,7 +101,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     live = case.tokens if case.live is None else case.live
     dead = slice(max(live, 0), None)
     weights[dead] = torch.nan
-    ids[dead] = 10**9
+    ids[dead] = 0  # a valid expert: reading it would show
     if case.strided:
         more = (case.tokens, case.top_k + 3)
         ids = torch.full(more, 1, dtype=ids.dtype)[:, : case.top_k].copy_(ids)
