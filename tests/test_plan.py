@@ -17,9 +17,9 @@ GOOD = Choice("one_shot", TILE, Tile(1, 8, 256)).to_json()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("tiles", [(None, None), (TILE, None), (Tile(1, 4, 512), TILE)])
-def test_a_choice_survives_json(strategy: str, tiles: tuple[Any, Any]) -> None:
-    choice = Choice(strategy, *tiles)
+@pytest.mark.parametrize("rest", [(None, None), (TILE, None), (Tile(1, 4, 512), TILE, True, 3)])
+def test_a_choice_survives_json(strategy: str, rest: tuple[Any, ...]) -> None:
+    choice = Choice(strategy, *rest)
     assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
     assert eval(repr(choice)) == choice
 
@@ -41,6 +41,9 @@ def test_a_choice_survives_json(strategy: str, tiles: tuple[Any, Any]) -> None:
             for field in ("bm", "num_warps", "num_stages")
             for bad in (0, -4, 2.0, "4", None, True)
         ),
+        GOOD | {"dependent": 1},
+        GOOD | {"prefetch": -1},
+        GOOD | {"prefetch": True},
         [],
         None,
         "none",
@@ -50,6 +53,11 @@ def test_a_choice_survives_json(strategy: str, tiles: tuple[Any, Any]) -> None:
 def test_what_is_no_choice_is_refused(data: Any) -> None:
     with pytest.raises((ValueError, TypeError, KeyError)):
         Choice.from_json(data)
+
+
+def test_a_choice_without_launch_options_is_an_older_one() -> None:
+    data = {k: v for k, v in GOOD.items() if k not in ("dependent", "prefetch")}
+    assert Choice.from_json(data) == Choice.from_json(GOOD)
 
 
 def make_plan(tokens: int, **changes: Any) -> Plan:
