@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moert.errors import ConfigError, StateError, WeightsError
 from moert.host_executor import HostExecutor
 from moert.plan import PlanReport
 from moert.share import Options, ShareGroup
+from moert.tuning.tuner import plan_buckets
 from moert.weights import ExpertWeights
 
 log = logging.getLogger("moert")
@@ -93,30 +95,58 @@ def build(
     share: Built | None,
 ) -> Built:
     """Build one layer; see `MoERuntime` for the arguments and errors."""
+    # buffers made in inference mode could not be written outside it
+    with torch.inference_mode(False), torch.no_grad():
+        return _build(
+            cfg,
+            weights,
+            share,
+            layer,
+            device,
+            {
+                "backend": backend,
+                "max_tokens": max_tokens,
+                "buckets": buckets,
+                "graphs": graphs,
+                "sort_policy": sort_policy,
+                "tune": tune,
+            },
+        )
+
+
+def _build(
+    cfg: MoEConfig,
+    weights: ExpertWeights | None,
+    share: Built | None,
+    layer: int | None,
+    device: torch.device | str | None,
+    wishes: dict[str, Any],
+) -> Built:
     env = read_env()
     if env.log_level is not None:
         log.setLevel(env.log_level)
     if share is not None:
-        given = {"max_tokens": max_tokens, "buckets": buckets, "graphs": graphs, "tune": tune}
-        given |= {"sort_policy": sort_policy, "backend": backend}
-        _check_share(cfg, share, given)
+        _check_share(cfg, share, wishes)
         device = share.group.device if device is None else device
+    if weights is not None and not isinstance(weights, ExpertWeights):
+        raise WeightsError(f"weights: got {type(weights).__name__}, need an ExpertWeights")
     place = _device(device, weights)
     if share is not None and place != share.group.device:
         raise ConfigError(f"device={place}: the shared runtime is on {share.group.device}")
-    weights = _weights(cfg, weights, layer, place)
     facts = device_facts(place)
+    # whatever can be refused is, before a checkpoint is read
     if share is not None:
         kind, notes = type(share.backend), share.notes
+        weights = _weights(cfg, weights, layer, place)
         group = share.group
     else:
-        kind, notes = select_backend(backend or env.backend or "auto", cfg, facts)
-        options = _options(env, max_tokens, buckets, graphs, sort_policy, tune, place)
+        kind, notes = select_backend(_wish(wishes.pop("backend"), env.backend, "auto"), cfg, facts)
+        options = _options(env, place, **wishes)
+        weights = _weights(cfg, weights, layer, place)
         group = ShareGroup(cfg, place, facts, options)
-    if place.type == "cuda":
-        with torch.cuda.device(place):
-            return _assemble(group, kind(cfg, weights, facts), weights, notes, env)
-    return _assemble(group, kind(cfg, weights, facts), weights, notes, env)
+    device_of = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
+    with device_of:
+        return _assemble(group, kind(cfg, weights, facts), weights, notes, env)
 
 
 def _assemble(
@@ -130,9 +160,13 @@ def _assemble(
         raise StateError("MoERuntime: cannot be built while the current stream is capturing")
     with group.lock:
         if not group.plans:
-            group.plans = tuple(
-                backend.plan(tokens, captured, backend.default_choice(tokens))
-                for tokens, captured in _sizes(group.options)
+            group.plans = plan_buckets(
+                backend,
+                _sizes(group.options),
+                policy=group.options.sort_policy,
+                mode=group.options.tune,
+                tuning_dir=env.tuning_dir,
+                notes=group.notes,
             )
             group.make_arenas()
         executor: Any
@@ -158,12 +192,13 @@ def _sizes(options: Options) -> list[tuple[int, bool]]:
 
 def _options(
     env: Env,
+    device: torch.device,
+    *,
     max_tokens: int | None,
     buckets: Sequence[int] | None,
     graphs: str | None,
     sort_policy: int | None,
     tune: str | None,
-    device: torch.device,
 ) -> Options:
     most = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     if not isinstance(most, int) or isinstance(most, bool) or not 1 <= most < 2**24:
@@ -171,22 +206,27 @@ def _options(
     if buckets is None:
         sizes = tuple(b for b in DEFAULT_BUCKETS if b <= most)
     else:
-        sizes = tuple(buckets)
-        if not sizes or any(not isinstance(b, int) or not 1 <= b <= most for b in sizes):
-            raise ConfigError(f"buckets={sizes!r} must be integers in 1..max_tokens={most}")
+        sizes = tuple(buckets) if isinstance(buckets, Iterable) else ()
+        if not sizes or any(type(b) is not int or not 1 <= b <= most for b in sizes):
+            raise ConfigError(f"buckets={buckets!r} must be integers in 1..max_tokens={most}")
         sizes = tuple(sorted(set(sizes)))
-    mode = "own" if graphs is None else graphs
+    mode = _wish(graphs, None, "own")
     if mode not in GRAPH_MODES:
         raise ConfigError(f"graphs={mode!r} is not one of {', '.join(GRAPH_MODES)}")
-    policy = env.sort_policy if sort_policy is None else sort_policy
-    policy = 0 if policy is None else policy
-    if policy not in SORT_POLICIES:
+    policy = _wish(sort_policy, env.sort_policy, 0)
+    if type(policy) is not int or policy not in SORT_POLICIES:
         meanings = ", ".join(f"{number} ({name})" for number, name in SORT_POLICIES.items())
         raise ConfigError(f"sort_policy={policy!r} is not one of {meanings}")
-    tuning = tune or env.tune or "auto"
+    tuning = _wish(tune, env.tune, "auto")
     if tuning not in TUNE_MODES:
         raise ConfigError(f"tune={tuning!r} is not one of {', '.join(TUNE_MODES)}")
     return Options(most, sizes, mode if device.type == "cuda" else "off", policy, tuning)
+
+
+def _wish(argument: Any, variable: Any, default: Any) -> Any:
+    """An option: the argument, else the environment's variable, else the default."""
+    given = (value for value in (argument, variable) if value is not None)
+    return next(given, default)
 
 
 def _check_share(cfg: MoEConfig, share: Built, given: dict[str, Any]) -> None:
@@ -203,14 +243,20 @@ def _check_share(cfg: MoEConfig, share: Built, given: dict[str, Any]) -> None:
 
 def _device(device: torch.device | str | None, weights: ExpertWeights | None) -> torch.device:
     if device is not None:
-        place = torch.device(device)
+        try:
+            place = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ConfigError(
+                f"device={device!r} is no device, need one like 'cuda:0' or 'cpu'"
+            ) from None
     elif weights is not None:
         place = weights.device
     else:
         place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if place.type == "cuda" and place.index is None:
+    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    return place
+    # tensors on the CPU never name an index
+    return torch.device("cpu") if place.type == "cpu" else place
 
 
 def _weights(
@@ -225,7 +271,5 @@ def _weights(
         if layer is None:
             raise WeightsError(f"layer: missing, need the number of a layer of {cfg.path}")
         weights = ExpertWeights.from_checkpoint(cfg.path, layer, device, cfg=cfg)
-    elif not isinstance(weights, ExpertWeights):
-        raise WeightsError(f"weights: got {type(weights).__name__}, need an ExpertWeights")
     weights.check(cfg)
     return weights if weights.device == device else weights.to(device)

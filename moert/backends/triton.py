@@ -14,20 +14,15 @@ import torch
 from moert.arena import Field
 from moert.backends import triton_tiles
 from moert.backends.base import Backend, Program, Router
+from moert.backends.triton_launches import Views, direct_launches, grouped_launches
 from moert.backends.triton_router import make_router
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.launch import CompiledLaunch, Launch, compile_launch, run_interpreted, signature
 from moert.plan import Choice
-from moert.steps.combine.triton import combine_kernel
-from moert.steps.down.triton import down_direct_kernel, down_grouped_kernel
-from moert.steps.gate_up.triton import gate_up_direct_kernel, gate_up_grouped_kernel
 from moert.steps.routing.triton import MAX_EXPERTS
 from moert.steps.sorting.launches import feasible, sort_fields, sort_launches
-from moert.steps.sorting.layout import max_blocks
-
-Views = dict[str, torch.Tensor]
 
 
 class TritonBackend(Backend):
@@ -79,10 +74,10 @@ class TritonBackend(Backend):
 
     def launches(self, tokens: int, choice: Choice, views: Views) -> list[Launch]:
         """The launches of a plan in order; pure but for the tensors it names."""
-        assert choice.gate_up is not None and choice.down is not None
+        cfg, weights = self.cfg, self.weights
         if choice.strategy == "none":
-            return [self._gate_up_direct(choice, views), self._down_direct(choice, views)]
-        cfg = self.cfg
+            return direct_launches(cfg, weights, choice, views)
+        assert choice.gate_up is not None
         sort = sort_launches(
             choice.strategy,
             self.facts,
@@ -92,12 +87,7 @@ class TritonBackend(Backend):
             choice.gate_up.bm,
             views,
         )
-        return [
-            *sort,
-            self._gate_up_grouped(choice, views),
-            self._down_grouped(choice, views),
-            self._combine(views),
-        ]
+        return [*sort, *grouped_launches(cfg, weights, choice, views)]
 
     def program(
         self,
@@ -141,123 +131,6 @@ class TritonBackend(Backend):
                 launch, dtype, aligned=aligned, row_multiple=self.row_multiple
             )
         return CompiledLaunch(launch, cache[key])
-
-    def _expert_constants(self) -> dict[str, Any]:
-        cfg, w13 = self.cfg, self.weights.w13
-        return {
-            "K": cfg.top_k,
-            "H": cfg.hidden_size,
-            "I": cfg.intermediate_size,
-            "W_E": w13.stride(0),
-            "W_N": w13.stride(1),
-            "W_K": w13.stride(2),
-            "GATED": cfg.gated,
-            "INTERLEAVED": self.weights.interleaved,
-            "ACTIVATION": cfg.activation,
-            "LIMIT": cfg.activation_limit or 0.0,
-            "ALPHA": cfg.activation_alpha,
-        }
-
-    def _down_constants(self) -> dict[str, Any]:
-        cfg, w2 = self.cfg, self.weights.w2
-        return {
-            "K": cfg.top_k,
-            "H": cfg.hidden_size,
-            "I": cfg.intermediate_size,
-            "W_E": w2.stride(0),
-            "W_N": w2.stride(1),
-            "W_K": w2.stride(2),
-        }
-
-    def _gate_up_direct(self, choice: Choice, views: Views) -> Launch:
-        tile, cfg = choice.gate_up, self.cfg
-        assert tile is not None
-        tiles_n = -(-cfg.intermediate_size // tile.bn)
-        return Launch(
-            gate_up_direct_kernel,
-            lambda tokens: (tiles_n * tokens * cfg.top_k, 1, 1),
-            {"w13_ptr": self.weights.w13, "b13_ptr": self.weights.b13, "h_ptr": views["h"]},
-            {**self._expert_constants(), "E": cfg.num_experts, "BN": tile.bn, "BK": tile.bk},
-            tile.num_warps,
-            tile.num_stages,
-        )
-
-    def _down_direct(self, choice: Choice, views: Views) -> Launch:
-        tile, cfg = choice.down, self.cfg
-        assert tile is not None
-        tiles_n = -(-cfg.hidden_size // tile.bn)
-        return Launch(
-            down_direct_kernel,
-            lambda tokens: (tiles_n * tokens, 1, 1),
-            {"w2_ptr": self.weights.w2, "b2_ptr": self.weights.b2, "h_ptr": views["h"]},
-            {**self._down_constants(), "E": cfg.num_experts, "BN": tile.bn, "BK": tile.bk},
-            tile.num_warps,
-            tile.num_stages,
-        )
-
-    def _grouped_grid(self, bm: int, columns: int, bn: int) -> Any:
-        cfg, tiles_n = self.cfg, -(-columns // bn)
-
-        def grid(tokens: int) -> tuple[int, int, int]:
-            return (max_blocks(tokens, cfg.top_k, cfg.num_experts, bm) * tiles_n, 1, 1)
-
-        return grid
-
-    def _gate_up_grouped(self, choice: Choice, views: Views) -> Launch:
-        tile, cfg = choice.gate_up, self.cfg
-        assert tile is not None
-        return Launch(
-            gate_up_grouped_kernel,
-            self._grouped_grid(tile.bm, cfg.intermediate_size, tile.bn),
-            {
-                "sorted_token_ids": views["sorted_token_ids"],
-                "sorted_expert_ids": views["sorted_expert_ids"],
-                "num_valid_ids": views["num_valid_ids"],
-                "w13_ptr": self.weights.w13,
-                "b13_ptr": self.weights.b13,
-                "h_ptr": views["h"],
-            },
-            {**self._expert_constants(), **self._grouped_constants(tile)},
-            tile.num_warps,
-            tile.num_stages,
-        )
-
-    def _down_grouped(self, choice: Choice, views: Views) -> Launch:
-        tile, cfg = choice.down, self.cfg
-        assert tile is not None
-        return Launch(
-            down_grouped_kernel,
-            self._grouped_grid(tile.bm, cfg.hidden_size, tile.bn),
-            {
-                "sorted_token_ids": views["sorted_token_ids"],
-                "sorted_weights": views["sorted_weights"],
-                "sorted_expert_ids": views["sorted_expert_ids"],
-                "num_valid_ids": views["num_valid_ids"],
-                "w2_ptr": self.weights.w2,
-                "b2_ptr": self.weights.b2,
-                "h_ptr": views["h"],
-                "y_ptr": views["y"],
-            },
-            {**self._down_constants(), **self._grouped_constants(tile)},
-            tile.num_warps,
-            tile.num_stages,
-        )
-
-    def _grouped_constants(self, tile: Any) -> dict[str, Any]:
-        return {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
-
-    def _combine(self, views: Views) -> Launch:
-        cfg = self.cfg
-        bn = min(512, 1 << (cfg.hidden_size - 1).bit_length())
-        tiles_n = -(-cfg.hidden_size // bn)
-        return Launch(
-            combine_kernel,
-            lambda tokens: (tiles_n * tokens, 1, 1),
-            {"y_ptr": views["y"]},
-            {"E": cfg.num_experts, "K": cfg.top_k, "H": cfg.hidden_size, "BN": bn},
-            num_warps=2,
-            num_stages=1,
-        )
 
 
 class CompiledProgram(Program):

@@ -25,16 +25,23 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     mean rows an expert gets, and one workgroup sorts while all routed rows fit it comfortably.
     """
     rows = tokens * cfg.top_k
+    dependent = dependent_launch(facts)
     if tokens <= 4 and rows <= 64:
-        return Choice("none", Tile(1, 8, _direct_bk(cfg.hidden_size)), _direct_down(cfg))
+        up, down = (_default_direct(size) for size in (cfg.hidden_size, cfg.intermediate_size))
+        return Choice("none", up, down, dependent)
     mean = rows / cfg.num_experts
     bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
     for bn, bk, warps, stages in _default_tiles(bm, facts):
         tile = Tile(bm, bn, bk, warps, stages)
         if _fits(tile, cfg, facts):
-            return Choice(strategy, tile, tile)
-    return Choice(strategy, Tile(16, 16, 32, 4, 1), Tile(16, 16, 32, 4, 1))
+            return Choice(strategy, tile, tile, dependent)
+    return Choice(strategy, Tile(16, 16, 32, 4, 1), Tile(16, 16, 32, 4, 1), dependent)
+
+
+def dependent_launch(facts: DeviceFacts) -> bool:
+    """Whether the device has programmatic dependent launch: NVIDIA from compute capability 9.0."""
+    return facts.kind == "cuda" and int(facts.arch.removeprefix("sm_") or 0) >= 90
 
 
 def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int]]:
@@ -47,12 +54,13 @@ def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int
     return [(64, 128, 4, deep), (64, 64, 4, deep), (32, 64, 4, 2), (32, 32, 4, 1)]
 
 
-def _direct_bk(reduction: int) -> int:
-    return max(16, min(512, 1 << (reduction - 1).bit_length()))
+def _default_direct(reduction: int) -> Tile:
+    fitting = [tile for tile in direct_tiles(reduction) if tile.bn == 8]
+    return fitting[len(fitting) // 3]
 
 
-def _direct_down(cfg: MoEConfig) -> Tile:
-    return Tile(1, 8, max(16, min(256, 1 << (cfg.intermediate_size - 1).bit_length())))
+def _power_of_two(size: int, low: int, high: int) -> int:
+    return max(low, min(high, 1 << (size - 1).bit_length()))
 
 
 def _fits(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> bool:
@@ -75,49 +83,72 @@ def candidates(
     """Choices worth timing, the default first, without repeats."""
     found = {default_choice(cfg, facts, tokens): None}
     rows = tokens * cfg.top_k
-    if "none" in strategies and rows <= DIRECT_ROWS:
-        found |= dict.fromkeys(_direct_candidates(cfg))
+    if "none" in strategies and (rows <= DIRECT_ROWS or len(strategies) == 1):
+        found |= dict.fromkeys(_direct_candidates(cfg, facts))
     for strategy in strategies:
         if strategy != "none":
             found |= dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy))
     return list(found)
 
 
-def _direct_candidates(cfg: MoEConfig) -> Iterator[Choice]:
-    up = [
+# BN, BK, warps, stages: columns a program computes, elements of a row a step loads, threads that share them,
+# steps in flight. A thread's share of x or h has to be 4 bytes or more to be loaded ahead: BK >= 64 * warps
+_DIRECT = (
+    *(
+        (4, 512, 4, 4),
+        (8, 256, 4, 3),
+        (8, 256, 4, 4),
+        (8, 256, 4, 6),
+        (8, 512, 4, 3),
+        (8, 512, 4, 4),
+    ),
+    *((8, 512, 8, 4), (16, 128, 2, 4), (16, 256, 4, 3), (16, 256, 4, 4), (16, 512, 8, 3)),
+    *(
+        (8, 128, 2, 4),
+        (8, 128, 2, 6),
+        (4, 256, 4, 4),
+        (4, 1024, 4, 3),
+        (32, 128, 2, 4),
+        (32, 256, 4, 3),
+    ),
+)
+
+
+def direct_tiles(reduction: int) -> list[Tile]:
+    """Tiles of a direct GEMM that waste at most a quarter of the widest step on a short reduction."""
+    tiles = [
         Tile(1, bn, bk, warps, stages)
-        for bn, bk, warps, stages in (
-            (4, 512, 4, 2),
-            (8, 256, 4, 3),
-            (8, 512, 4, 2),
-            (8, 512, 8, 3),
-            (16, 256, 4, 3),
-            (16, 256, 8, 3),
-            (4, 1024, 4, 2),
-        )
+        for bn, bk, warps, stages in _DIRECT
+        if -(-reduction // bk) * bk <= 1.25 * reduction
     ]
-    down = [
-        Tile(1, bn, bk, warps, 2)
-        for bn, bk, warps in (
-            (8, 256, 4),
-            (4, 256, 4),
-            (16, 256, 4),
-            (16, 128, 4),
-            (8, 512, 4),
-            (4, 1024, 8),
-        )
-    ]
-    yield from (Choice("none", a, down[0]) for a in up)
-    yield from (Choice("none", up[2], b) for b in down)
+    return tiles or [Tile(1, bn, _power_of_two(reduction, 16, 128), 2, 3) for bn in (4, 8, 16)]
+
+
+def _direct_candidates(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
+    able = dependent_launch(facts)
+    up, down = direct_tiles(cfg.hidden_size), direct_tiles(cfg.intermediate_size)
+    # the two GEMMs hardly influence each other: vary one at a time, then how they are launched
+    middle_up, middle_down = up[len(up) // 3], down[len(down) // 3]
+    yield from (Choice("none", tile, middle_down, able) for tile in up)
+    yield from (Choice("none", middle_up, tile, able) for tile in down)
+    if able:
+        for prefetch in (1, cfg.top_k):
+            yield from (Choice("none", middle_up, tile, True, prefetch) for tile in down[::3])
+        yield Choice("none", middle_up, middle_down)
 
 
 def _grouped_candidates(
     cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str
 ) -> Iterator[Choice]:
     mean = tokens * cfg.top_k / cfg.num_experts
+    able = dependent_launch(facts)
     sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(16, 4 * mean)][-3:]
-    shapes = ((32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3), (32, 256, 4, 3))
+    shapes = (
+        *((32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)),
+        *((128, 64, 8, 3), (32, 256, 4, 3), (32, 64, 4, 6), (128, 128, 8, 3), (256, 64, 8, 3)),
+    )
     for bm, (bn, bk, warps, stages) in itertools.product(sizes, shapes):
         tile = Tile(bm, bn, bk, warps, stages)
         if _fits(tile, cfg, facts):
-            yield Choice(strategy, tile, tile)
+            for prefetch in (0, 1) if able else (0,):
+                yield Choice(strategy, tile, tile, able, prefetch)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
+from moert.steps.dependent_launch import wait_for_predecessor
 
 
 @triton.jit(do_not_specialize=CALL_INTS)
@@ -27,7 +28,9 @@ def combine_kernel(
     K: tl.constexpr,
     H: tl.constexpr,
     BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
     tiles_n: tl.constexpr = (H + BN - 1) // BN
     token = tl.program_id(0) // tiles_n
     if token >= num_tokens:

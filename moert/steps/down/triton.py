@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id, load_routing_weight
+from moert.steps.dependent_launch import let_successor_start, prefetch, wait_for_predecessor
 
 
 @triton.jit(do_not_specialize=CALL_INTS)
@@ -41,41 +42,84 @@ def down_direct_kernel(
     W_K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    KP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     tiles_n: tl.constexpr = (H + BN - 1) // BN
     token = tl.program_id(0) // tiles_n
+    n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
+    alive = token < live_tokens(num_tokens, num_valid_ptr)
+    slots = tl.arange(0, KP)
+    in_slots = alive & (slots < K)
+    # the routing is older than the gate/up GEMM, so it may be read before that has finished
+    experts = load_expert_id(ids_ptr, ids_stride, ids_words, token, slots, in_slots, E)
+    if PDL and PREFETCH > 0:
+        for ahead in range(PREFETCH):
+            next_expert = tl.sum(tl.where(slots == ahead, experts, 0), 0)
+            if next_expert >= 0:
+                _prefetch_rows(w2_ptr + next_expert.to(tl.int64) * W_E, n, H, I, W_N, W_K)
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     if token >= num_tokens:
         return
-    n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
     inside = n < H
     out = out_ptr + token.to(tl.int64) * out_stride + n
-    alive = token < live_tokens(num_tokens, num_valid_ptr)
     if not alive:
         tl.store(out, tl.zeros((BN,), out_ptr.dtype.element_ty), mask=inside & (pad_zero != 0))
         return
+    weights = load_routing_weight(
+        weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, token, slots, in_slots
+    )
     k = tl.arange(0, BK)
     rows = n.to(tl.int64) * W_N
     acc = tl.zeros((BN, BK), tl.float32)
-    bias = tl.zeros((BN,), tl.float32)
-    for slot in range(K):
-        expert = load_expert_id(ids_ptr, ids_stride, ids_words, token, slot, alive, E)
-        if expert >= 0:
-            weight = load_routing_weight(
-                weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, token, slot, alive
-            )
-            w = w2_ptr + expert.to(tl.int64) * W_E
-            h_row = h_ptr + (token * K + slot).to(tl.int64) * I
-            for start in tl.static_range(0, I, BK):
-                kk = start + k
-                in_k = kk < I
-                h = tl.load(h_row + kk, mask=in_k, other=0.0).to(tl.float32) * weight
-                offsets = rows[:, None] + kk[None, :].to(tl.int64) * W_K
-                tile = tl.load(w + offsets, mask=inside[:, None] & in_k[None, :], other=0.0)
-                acc += tile.to(tl.float32) * h[None, :]
-            if b2_ptr is not None:
-                b = tl.load(b2_ptr + expert.to(tl.int64) * H + n, mask=inside, other=0.0)
-                bias += b.to(tl.float32) * weight
-    tl.store(out, (tl.sum(acc, 1) + bias).to(out_ptr.dtype.element_ty), mask=inside)
+    # one loop over slots and reduction steps: the loads of the next expert are under way while this one ends
+    STEPS: tl.constexpr = (I + BK - 1) // BK
+    for step in tl.range(0, K * STEPS, num_stages=STAGES):
+        slot = step // STEPS
+        kk = (step % STEPS) * BK + k
+        expert = tl.sum(tl.where(slots == slot, experts, 0), 0)
+        weight = tl.sum(tl.where(slots == slot, weights, 0.0), 0)
+        in_k = (kk < I) & (expert >= 0)
+        h_row = h_ptr + (token * K + slot).to(tl.int64) * I
+        h = tl.load(h_row + kk, mask=in_k, other=0.0).to(tl.float32) * weight
+        offsets = expert.to(tl.int64) * W_E + rows[:, None] + kk[None, :].to(tl.int64) * W_K
+        tile = tl.load(w2_ptr + offsets, mask=inside[:, None] & in_k[None, :], other=0.0)
+        acc += tile.to(tl.float32) * h[None, :]
+    total = tl.sum(acc, 1)
+    if b2_ptr is not None:
+        for slot in range(K):
+            expert = tl.sum(tl.where(slots == slot, experts, 0), 0)
+            weight = tl.sum(tl.where(slots == slot, weights, 0.0), 0)
+            routed = inside & (expert >= 0)
+            b = tl.load(b2_ptr + expert.to(tl.int64) * H + n, mask=routed, other=0.0)
+            total += b.to(tl.float32) * weight
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _prefetch_rows(
+    w,
+    n,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    W_N: tl.constexpr,
+    W_K: tl.constexpr,
+):
+    """Ask for the w2 rows of columns n, one address a 128-byte line along whichever side is contiguous."""
+    LINE: tl.constexpr = 128 // (w.dtype.element_ty.primitive_bitwidth // 8)
+    if W_K == 1:
+        LINES: tl.constexpr = triton.next_power_of_2((I + LINE - 1) // LINE)
+        k = tl.minimum(tl.arange(0, LINES) * LINE, I - 1)
+        rows = tl.minimum(n, H - 1).to(tl.int64)
+        prefetch(w + rows[:, None] * W_N + k[None, :])
+    else:
+        ROWS: tl.constexpr = triton.next_power_of_2(I)
+        k = tl.minimum(tl.arange(0, ROWS), I - 1).to(tl.int64)
+        first = tl.minimum(tl.min(n, 0), H - 1)
+        prefetch(w + first * W_N + k * W_K)
 
 
 @triton.jit
@@ -97,10 +141,21 @@ def down_grouped_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     tiles_n: tl.constexpr = (H + BN - 1) // BN
     block = tl.program_id(0) // tiles_n
-    if block * BM >= tl.load(num_valid_ids):
+    live_block = block * BM < tl.load(num_valid_ids)
+    if PDL and PREFETCH > 0:
+        # the sort is older than the gate/up GEMM, so it may be read before that has finished
+        if live_block:
+            expert = tl.load(sorted_expert_ids + block)
+            n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
+            _prefetch_rows(w2_ptr + expert.to(tl.int64) * W_E, n, H, I, W_N, W_K)
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    if not live_block:
         return
     expert = tl.load(sorted_expert_ids + block)
     sorted_rows = block * BM + tl.arange(0, BM)

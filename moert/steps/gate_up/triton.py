@@ -17,6 +17,7 @@ import triton.language as tl
 
 from moert.steps.activation.triton import activate
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 
 
 @triton.jit
@@ -51,7 +52,11 @@ def gate_up_direct_kernel(
     ALPHA: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     tiles_n: tl.constexpr = (I + BN - 1) // BN
     tile_n = tl.program_id(0) % tiles_n
     row = tl.program_id(0) // tiles_n
@@ -70,7 +75,7 @@ def gate_up_direct_kernel(
     ROWS: tl.constexpr = 2 * I if (GATED and INTERLEAVED) else I
     first = tl.zeros((WIDE, BK), tl.float32)
     second = tl.zeros((WIDE, BK), tl.float32)
-    for start in range(0, H, BK):
+    for start in tl.range(0, H, BK, num_stages=STAGES):
         kk = start + k
         in_k = kk < H
         x = tl.load(x_row + kk, mask=in_k, other=0.0).to(tl.float32)
@@ -148,7 +153,10 @@ def gate_up_grouped_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     tiles_n: tl.constexpr = (I + BN - 1) // BN
     block = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n

@@ -1,0 +1,41 @@
+"""Programmatic dependent launch: a kernel starts while its predecessor drains (NVIDIA, sm_90 and later).
+
+A kernel launched so may do anything that its predecessor does not write before it waits; the wait ends when the
+predecessor has completed and its writes are visible. Two rules keep a chain of such kernels safe. Every program
+waits, also one that has nothing to do: otherwise a kernel could complete before its predecessor, and the next one
+would wait for the wrong thing. And a kernel lets its successor start only after its own wait: what was written
+two kernels ago (the sort, the routing) is then complete, and the successor may read it before it waits.
+
+Elsewhere (PDL = False) both calls compile to nothing and launches are ordered by the stream.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_predecessor(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def let_successor_start(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring the cache lines of a block of pointers into the last-level cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64, bitcast=False)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
