@@ -195,7 +195,8 @@ class ExpertWeights:
                     list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 )
                 raise WeightsError(f"{name}: got {given}, need {list(mine[name].shape)}")
-        with torch.no_grad():
+        # in inference mode any tensor may be written, those made in it and those made outside
+        with torch.inference_mode():
             for name, value in values.items():
                 mine[name].copy_(value)
 
