@@ -64,17 +64,19 @@ def _power_of_two(size: int, low: int, high: int) -> int:
 
 
 def _fits(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> bool:
-    return shared_bytes(tile, cfg) <= facts.shared_memory
+    return shared_bytes(tile, cfg, facts) <= facts.shared_memory
 
 
-def shared_bytes(tile: Tile, cfg: MoEConfig) -> int:
-    """Shared memory of a grouped gate/up tile: `num_stages` copies of the x and w tiles.
+def shared_bytes(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> int:
+    """Shared memory of a grouped gate/up tile: copies of the x and w tiles.
 
-    Triton may keep one stage fewer, never more; the compiled kernel's own figure is checked again at
+    On AMD the newest stage is in registers: Triton 3.6 keeps `num_stages - 1` copies. On NVIDIA it keeps one
+    fewer than `num_stages` or as many, never more; the compiled kernel's own figure is checked again at
     start-up.
     """
     width = tile.bn * (2 if cfg.gated else 1)
-    return max(tile.num_stages, 1) * tile.bk * (tile.bm + width) * cfg.torch_dtype.itemsize
+    copies = tile.num_stages - 1 if facts.kind == "hip" else tile.num_stages
+    return max(copies, 1) * tile.bk * (tile.bm + width) * cfg.torch_dtype.itemsize
 
 
 def candidates(
@@ -137,16 +139,25 @@ def _direct_candidates(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
         yield Choice("none", middle_up, middle_down)
 
 
+# BN, BK, warps, stages
+_GROUPED = (
+    *((32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)),
+    *((128, 64, 8, 3), (32, 256, 4, 3), (32, 64, 4, 6), (128, 128, 8, 3), (256, 64, 8, 3)),
+)
+# 64 KiB of shared memory on most: more than two stages would leave only the smallest tiles
+_GROUPED_HIP = (
+    *((32, 64, 4, 2), (32, 128, 4, 2), (32, 256, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2)),
+    *((64, 128, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+)
+
+
 def _grouped_candidates(
     cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str
 ) -> Iterator[Choice]:
     mean = tokens * cfg.top_k / cfg.num_experts
     able = dependent_launch(facts)
     sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(16, 4 * mean)][-3:]
-    shapes = (
-        *((32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)),
-        *((128, 64, 8, 3), (32, 256, 4, 3), (32, 64, 4, 6), (128, 128, 8, 3), (256, 64, 8, 3)),
-    )
+    shapes = _GROUPED_HIP if facts.kind == "hip" else _GROUPED
     for bm, (bn, bk, warps, stages) in itertools.product(sizes, shapes):
         tile = Tile(bm, bn, bk, warps, stages)
         if _fits(tile, cfg, facts):

@@ -1,0 +1,139 @@
+"""Tile choices: pure, and within what every known device can hold."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from moert.backends.triton_tiles import candidates, default_choice, shared_bytes
+from moert.config import DTYPES, MoEConfig
+from moert.device import KNOWN_DEVICES, DeviceFacts
+from moert.plan import STRATEGIES, Choice, Tile
+from moert.steps.sorting.launches import feasible
+
+CPU = replace(KNOWN_DEVICES["sm_90"], kind="cpu", name="cpu", arch="", shared_memory=0)
+TOKENS = (1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 100, 128, 256, 333, 512, 1000, 2048, 4096)
+
+
+def random_configs(count: int) -> list[MoEConfig]:
+    """From one expert to 512, odd sizes included, gated or not."""
+    rng = random.Random(0)
+    configs = [MoEConfig(1, 1, 1, 1), MoEConfig(512, 10, 8192, 16384), MoEConfig(512, 127, 7, 3)]
+    while len(configs) < count:
+        experts = rng.randint(1, 512)
+        sizes = (rng.choice([rng.randint(1, 9000), 64 * rng.randint(1, 128)]) for _ in range(2))
+        top_k = rng.randint(1, min(experts, rng.choice([2, 8, 127])))
+        gated, dtype = rng.random() < 0.8, rng.choice(DTYPES)
+        configs.append(MoEConfig(experts, top_k, *sizes, gated=gated, dtype=dtype))
+    return configs
+
+
+CONFIGS = random_configs(40)
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def check_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> None:
+    assert choice.strategy in STRATEGIES
+    for tile in (choice.gate_up, choice.down):
+        assert tile is not None
+        # blocks and their reductions are powers of two, matrix units take 16 in every direction
+        least = 1 if choice.strategy == "none" else 16
+        assert all(is_power_of_two(n) for n in (tile.bm, tile.bn, tile.bk, tile.num_warps))
+        assert min(tile.bn, tile.bm) >= least and tile.bk >= 16
+        assert tile.num_warps <= 16 and 1 <= tile.num_stages <= 8
+        if choice.strategy != "none":
+            assert shared_bytes(tile, cfg, facts) <= facts.shared_memory
+            # the sort pads to the rows of one, the other reads them
+            assert tile.bm == choice.gate_up.bm  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("arch", KNOWN_DEVICES)
+def test_defaults_fit_and_can_be_sorted(arch: str) -> None:
+    facts = KNOWN_DEVICES[arch]
+    for cfg in CONFIGS:
+        for tokens in TOKENS:
+            choice = default_choice(cfg, facts, tokens)
+            check_choice(choice, cfg, facts)
+            sizes = (tokens, cfg.num_experts, cfg.top_k, facts)
+            assert feasible(choice.strategy, *sizes) is None
+            assert default_choice(cfg, facts, tokens) == choice
+
+
+@pytest.mark.parametrize("arch", KNOWN_DEVICES)
+def test_candidates_fit_without_repeats_the_default_first(arch: str) -> None:
+    facts = KNOWN_DEVICES[arch]
+    for cfg in CONFIGS:
+        for tokens in TOKENS[::3]:
+            found = candidates(cfg, facts, tokens, STRATEGIES)
+            assert found[0] == default_choice(cfg, facts, tokens)
+            assert len(found) == len(set(found))
+            assert len(found) < 200  # each costs a compilation
+            for choice in found:
+                check_choice(choice, cfg, facts)
+
+
+def test_there_is_something_to_choose_from() -> None:
+    cfg = MoEConfig(128, 8, 2048, 768)
+    for arch, facts in KNOWN_DEVICES.items():
+        for tokens in (1, 16, 256, 4096):
+            found = candidates(cfg, facts, tokens, STRATEGIES)
+            assert len(found) >= 5, (arch, tokens)
+            assert {"one_shot", "multi_phase"} <= {choice.strategy for choice in found}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_the_strategies_asked_for_beside_the_default(strategy: str) -> None:
+    cfg, facts = MoEConfig(128, 8, 2048, 768), KNOWN_DEVICES["gfx942"]
+    for tokens in (1, 16, 512):
+        found = candidates(cfg, facts, tokens, (strategy,))
+        assert {choice.strategy for choice in found[1:]} == {strategy}
+
+
+def test_direct_plans_are_for_few_rows() -> None:
+    """Each routed row reads its expert's weights again; alone, the strategy has to do nevertheless."""
+    cfg, facts = MoEConfig(128, 8, 2048, 768), KNOWN_DEVICES["sm_90"]
+    assert "none" in {c.strategy for c in candidates(cfg, facts, 32, STRATEGIES)}
+    assert "none" not in {c.strategy for c in candidates(cfg, facts, 33, STRATEGIES)}
+    assert len(candidates(cfg, facts, 4096, ("none",))) > 1
+
+
+def test_block_rows_follow_the_mean_rows_of_an_expert() -> None:
+    cfg, facts = MoEConfig(8, 2, 4096, 4096), KNOWN_DEVICES["sm_90"]
+    rows = [default_choice(cfg, facts, tokens).gate_up.bm for tokens in TOKENS]  # type: ignore[union-attr]
+    assert rows == sorted(rows)
+    assert rows[0] == 1 and rows[-1] == 128
+
+
+def test_a_device_with_little_memory_gets_the_smallest_tile() -> None:
+    choice = default_choice(MoEConfig(8, 2, 4096, 4096), CPU, 512)
+    assert choice.gate_up == choice.down == Tile(16, 16, 32, 4, 1)
+
+
+@pytest.mark.parametrize(("gated", "copies"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_shared_bytes(gated: bool, copies: int, dtype: str, size: int) -> None:
+    cfg = MoEConfig(8, 2, 64, 64, gated=gated, dtype=dtype)
+    one = 64 * (16 + copies * 32) * size
+    for arch, stages, kept in (
+        ("sm_90", 3, 3),
+        ("gfx942", 3, 2),
+        ("gfx942", 1, 1),
+        ("sm_80", 1, 1),
+    ):
+        tile = Tile(16, 32, 64, 4, stages)
+        assert shared_bytes(tile, cfg, KNOWN_DEVICES[arch]) == kept * one
+
+
+@pytest.mark.parametrize(
+    ("arch", "able"), [("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)]
+)
+def test_dependent_launches_only_where_the_device_has_them(arch: str, able: bool) -> None:
+    for tokens in (1, 64):
+        found = candidates(MoEConfig(128, 8, 2048, 768), KNOWN_DEVICES[arch], tokens, STRATEGIES)
+        assert any(choice.dependent for choice in found) == able
+        assert not any(choice.prefetch and not choice.dependent for choice in found)
