@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,10 @@ from code_size import pytest_terminal_summary as pytest_terminal_summary
 if not torch.cuda.is_available():
     # read by triton when a kernel is decorated, so it must be there before any kernel module is
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# no test reads or writes the user's tuning records
+os.environ["MOERT_TUNING_DIR"] = tempfile.mkdtemp(prefix="moert-tuning-")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,7 +24,6 @@ CASES = [
     ("gelu_tanh", False, None),
     ("relu2", True, None),
     ("relu2", False, None),
-    ("relu2", False, 1.5),  # no gate: the limit does not apply
     ("swiglu_oai", True, None),
     ("swiglu_oai", True, 0.75),
 ]

@@ -70,7 +70,7 @@ def test_a_path_is_a_config_and_with_a_layer_the_weights(
             MoERuntime(given)
 
 
-@pytest.mark.parametrize("given", [None, 3, [CFG], MoEConfig, object(), b"path"], ids=str)
+@pytest.mark.parametrize("given", [None, 3, [CFG], MoEConfig, object(), b"path"], ids=type)
 def test_what_is_no_config(given: Any) -> None:
     with pytest.raises(
         ConfigError, match=f"model_cfg: got {type(given).__name__}, need a MoEConfig"

@@ -24,7 +24,7 @@ from tuning_fakes import (
 
 from moert.device import device_facts
 from moert.env import SORT_POLICIES
-from moert.errors import StateError
+from moert.errors import ConfigError, StateError
 from moert.plan import STRATEGIES, Choice
 from moert.tuning import trial as trial_module
 from moert.tuning.tuner import allowed_candidates, plan_buckets, strategies_for
@@ -147,15 +147,21 @@ def test_policy(policy: int, tmp_path: Path) -> None:
 def test_default_of_a_policy() -> None:
     backend = FakeBackend()
     assert strategies_for(0) == STRATEGIES
-    assert allowed_candidates(backend, 8, 0) == (list(CHOICES), "")
-    assert allowed_candidates(backend, 8, 2) == ([PHASED], "")
-    # nothing of that strategy is worth timing, but the smallest bucket's default is of it
-    assert allowed_candidates(FakeBackend(choices=[DIRECT, FAST]), 8, 3) == ([DIRECT], "")
-    # a strategy that cannot serve the bucket at all
-    found, note = allowed_candidates(FakeBackend(choices=[DEFAULT, FAST]), 8, 2)
-    assert found == [DEFAULT, FAST] and "sort_policy=2 cannot sort 8 tokens" in note
-    # a backend that has nothing to choose is no reason for a note
-    assert allowed_candidates(FakeBackend(choices=[DIRECT]), 8, 1) == ([DIRECT], "")
+    assert allowed_candidates(backend, 8, 0) == list(CHOICES)
+    assert allowed_candidates(backend, 8, 2) == [PHASED]
+    # a backend that has nothing to choose offers its default under every policy
+    assert allowed_candidates(FakeBackend(choices=[DIRECT]), 8, 1) == [DIRECT]
+
+
+def test_a_policy_that_cannot_serve_a_bucket_is_refused() -> None:
+    backend = FakeBackend()
+    backend.infeasible = lambda strategy, tokens: "too many rows" if tokens > 8 else None
+    assert allowed_candidates(backend, 8, 1)
+    with pytest.raises(
+        ConfigError, match=r"sort_policy=1 \(one-shot\) cannot serve 9 tokens: too many"
+    ):
+        allowed_candidates(backend, 9, 1)
+    assert allowed_candidates(backend, 9, 0)
 
 
 def test_a_record_of_a_forbidden_strategy_is_not_used(tmp_path: Path) -> None:

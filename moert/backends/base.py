@@ -60,6 +60,10 @@ class Backend(ABC):
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
         """Choices worth timing that fit the device, the default first; pure."""
 
+    def infeasible(self, strategy: str, tokens: int) -> str | None:
+        """Why a sorting strategy cannot serve up to `tokens` rows; None if it can; pure."""
+        return None
+
     @abstractmethod
     def fields(self, tokens: int, choice: Choice) -> tuple[Field, ...]:
         """Arena fields a program for this choice uses; pure."""

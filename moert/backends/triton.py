@@ -48,13 +48,11 @@ class TritonBackend(Backend):
         return triton_tiles.default_choice(self.cfg, self.facts, tokens)
 
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
-        cfg = self.cfg
-        able = [
-            s
-            for s in strategies
-            if s == "none" or feasible(s, tokens, cfg.num_experts, cfg.top_k, self.facts) is None
-        ]
-        return triton_tiles.candidates(cfg, self.facts, tokens, able)
+        able = [s for s in strategies if self.infeasible(s, tokens) is None]
+        return triton_tiles.candidates(self.cfg, self.facts, tokens, able)
+
+    def infeasible(self, strategy: str, tokens: int) -> str | None:
+        return feasible(strategy, tokens, self.cfg.num_experts, self.cfg.top_k, self.facts)
 
     def fields(self, tokens: int, choice: Choice) -> tuple[Field, ...]:
         cfg = self.cfg

@@ -1,10 +1,12 @@
-"""Programmatic dependent launch: a kernel starts while its predecessor drains (NVIDIA, sm_90 and later).
+"""Programmatic dependent launch: a kernel starts while its predecessor drains (NVIDIA, sm_90 and
+later).
 
-A kernel launched so may do anything that its predecessor does not write before it waits; the wait ends when the
-predecessor has completed and its writes are visible. Two rules keep a chain of such kernels safe. Every program
-waits, also one that has nothing to do: otherwise a kernel could complete before its predecessor, and the next one
-would wait for the wrong thing. And a kernel lets its successor start only after its own wait: what was written
-two kernels ago (the sort, the routing) is then complete, and the successor may read it before it waits.
+A kernel launched so may do anything that its predecessor does not write before it waits; the wait
+ends when the predecessor has completed and its writes are visible. Two rules keep a chain of such
+kernels safe. Every program waits, also one that has nothing to do: otherwise a kernel could
+complete before its predecessor, and the next one would wait for the wrong thing. And a kernel lets
+its successor start only after its own wait: what was written two kernels ago (the sort, the
+routing) is then complete, and the successor may read it before it waits.
 
 Elsewhere (PDL = False) both calls compile to nothing and launches are ordered by the stream.
 """

@@ -16,7 +16,8 @@ from typing import Final
 import torch
 
 from moert.backends.base import Backend
-from moert.errors import StateError
+from moert.env import SORT_POLICIES
+from moert.errors import ConfigError, StateError
 from moert.plan import STRATEGIES, Choice, Plan
 from moert.tuning.agree import agree
 from moert.tuning.measure import pick
@@ -40,27 +41,23 @@ def strategies_for(policy: int) -> tuple[str, ...]:
     return _POLICY_STRATEGIES[policy]
 
 
-def allowed_candidates(backend: Backend, tokens: int, policy: int) -> tuple[list[Choice], str]:
-    """Choices that a policy allows for a bucket, the default first, and what had to be bent for that, or "".
+def allowed_candidates(backend: Backend, tokens: int, policy: int) -> list[Choice]:
+    """Choices that a policy allows for a bucket, the default first.
 
-    A policy may name a strategy that cannot serve a bucket (one workgroup sorts only so many rows): then all
-    strategies are allowed for it.
+    Raises:
+        ConfigError: the policy names one strategy and that cannot serve the bucket.
     """
     strategies, default = strategies_for(policy), backend.default_choice(tokens)
+    if policy and (reason := backend.infeasible(strategies[0], tokens)) is not None:
+        raise ConfigError(
+            f"sort_policy={policy} ({SORT_POLICIES[policy]}) cannot serve {tokens} tokens: {reason}; use "
+            "sort_policy=0, or a smaller max_tokens"
+        )
     found = [c for c in backend.candidates(tokens, strategies) if c.strategy in strategies]
-    if default.strategy in strategies:
-        return list(dict.fromkeys((default, *found))), ""
-    if found:
-        return list(dict.fromkeys(found)), ""
-    # no tile is worth timing, but the policy's strategy still works with the smallest bucket's
-    smallest = backend.default_choice(1)
-    if smallest.strategy in strategies:
-        return [smallest], ""
-    every = list(dict.fromkeys((default, *backend.candidates(tokens, STRATEGIES))))
-    if len(every) == 1:
-        return every, ""  # a backend that has nothing to choose
-    text = f"sort_policy={policy} cannot sort {tokens} tokens; all strategies were allowed for them"
-    return every, text
+    if default.strategy in strategies or not found:
+        # a backend that has nothing to choose says so by offering its default alone
+        return list(dict.fromkeys((default, *found)))
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +100,10 @@ def plan_buckets(
     """
     if probes is None:
         if backend.facts.kind == "cpu":
-            found = [allowed_candidates(backend, tokens, policy) for tokens, _ in sizes]
-            if notes is not None:
-                notes += dict.fromkeys(text for _, text in found if text)
-            pairs = zip(sizes, found, strict=True)
-            return tuple(backend.plan(*size, choices[0]) for size, (choices, _) in pairs)
+            return tuple(
+                backend.plan(*size, allowed_candidates(backend, size[0], policy)[0])
+                for size in sizes
+            )
         probes = DeviceProbes(backend.weights.device)
     if probes.capturing():
         raise StateError(
@@ -169,10 +165,7 @@ class Tuner:
     def decide(self, buckets: Sequence[int]) -> dict[int, Decision]:
         """One decision per bucket."""
         sizes = sorted(set(buckets))
-        candidates = {}
-        for tokens in sizes:
-            candidates[tokens], note = allowed_candidates(self._backend, tokens, self._policy)
-            self._note(note)
+        candidates = {t: allowed_candidates(self._backend, t, self._policy) for t in sizes}
         found: dict[int, Decision] = {}
         with self._open_layer() as layer:
             if self._mode != "force":
