@@ -72,6 +72,8 @@ def down_direct_kernel(
     weights = load_routing_weight(
         weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, token, slots, in_slots
     )
+    # the weight of an id that no expert has may be anything, NaN included
+    weights = tl.where(experts >= 0, weights, 0.0)
     k = tl.arange(0, BK)
     rows = n.to(tl.int64) * W_N
     acc = tl.zeros((BN, BK), tl.float32)
