@@ -25,11 +25,12 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     mean rows an expert gets, and one workgroup sorts while all routed rows fit it comfortably.
     """
     rows = tokens * cfg.top_k
-    dependent = dependent_launch(facts)
+    dependent = facts.dependent_launch
     if tokens <= 4 and rows <= 64:
         # dependent launch of the direct pair lost on an H200 (30.1 us for 26.0 at T=1, E=32, K=8, H=2048,
         # I=768): the down programs take registers and cache from gate/up programs still at work
-        up, down = (_default_direct(size) for size in (cfg.hidden_size, cfg.intermediate_size))
+        sizes = cfg.hidden_size, cfg.intermediate_size
+        up, down = (_default_direct(size, facts) for size in sizes)
         return Choice("none", up, down)
     mean = rows / cfg.num_experts
     bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
@@ -41,14 +42,9 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     return Choice(strategy, Tile(16, 16, 32, 4, 1), Tile(16, 16, 32, 4, 1), dependent)
 
 
-def dependent_launch(facts: DeviceFacts) -> bool:
-    """Whether the device has programmatic dependent launch: NVIDIA from compute capability 9.0."""
-    return facts.kind == "cuda" and int(facts.arch.removeprefix("sm_") or 0) >= 90
-
-
 def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int]]:
-    if facts.kind == "hip" and facts.warp_size == 32:
-        # RDNA: compiled for gfx1151, any deeper tile of short reductions spills hundreds of registers
+    if _is_rdna(facts):
+        # compiled for gfx1151, any deeper tile of short reductions spills hundreds of registers
         return [(64, 32, 8 if bm >= 64 else 4, 2), (32, 32, 4, 1)]
     if bm >= 64:
         return [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
@@ -56,8 +52,15 @@ def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int
     return [(64, 128, 4, deep), (64, 64, 4, deep), (32, 64, 4, 2), (32, 32, 4, 1)]
 
 
-def _default_direct(reduction: int) -> Tile:
+def _is_rdna(facts: DeviceFacts) -> bool:
+    return facts.kind == "hip" and facts.warp_size == 32
+
+
+def _default_direct(reduction: int, facts: DeviceFacts) -> Tile:
     fitting = [tile for tile in direct_tiles(reduction) if tile.bn == 8]
+    if _is_rdna(facts):
+        # stages wait in registers there: compiled for gfx1151, more or wider ones spill
+        return min(fitting, key=lambda tile: (tile.num_stages, tile.bk))
     return fitting[len(fitting) // 3]
 
 
@@ -134,7 +137,7 @@ def _direct_candidates(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
     middle_up, middle_down = up[len(up) // 3], down[len(down) // 3]
     yield from (Choice("none", tile, middle_down) for tile in up)
     yield from (Choice("none", middle_up, tile) for tile in down)
-    if dependent_launch(facts):
+    if facts.dependent_launch:
         for prefetch in (0, 1, cfg.top_k):
             yield from (Choice("none", middle_up, tile, True, prefetch) for tile in down[::3])
 
@@ -155,7 +158,7 @@ def _grouped_candidates(
     cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str
 ) -> Iterator[Choice]:
     mean = tokens * cfg.top_k / cfg.num_experts
-    able = dependent_launch(facts)
+    able = facts.dependent_launch
     sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(16, 4 * mean)][-3:]
     shapes = _GROUPED_HIP if facts.kind == "hip" else _GROUPED
     for bm, (bn, bk, warps, stages) in itertools.product(sizes, shapes):
