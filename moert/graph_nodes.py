@@ -142,6 +142,8 @@ class NodeUpdater:
         self._calls = []
         for node, addresses, count in zip(nodes, slots, param_counts, strict=True):
             params = driver.node_params(node)
+            if not params.kernel_params:
+                raise StateError("graph driver: does not give a captured kernel's arguments")
             pointers = (ctypes.c_void_p * count)(*[params.kernel_params[i] for i in range(count)])
             for index, address in addresses.items():
                 pointers[index] = address
