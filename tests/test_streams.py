@@ -1,0 +1,111 @@
+"""The order of calls on several streams, with streams that only write down what they are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moert.streams import StreamOrder
+
+LOG: list[str] = []
+DEVICE = torch.device("cuda", 0)
+
+
+class FakeStream:
+    """One of torch's own (a small id) or an external one (its id is its handle)."""
+
+    def __init__(self, name: str, raw: int, external: bool = False) -> None:
+        self.name, self.cuda_stream = name, raw
+        self.stream_id = raw if external else raw % 64
+
+    def wait_event(self, event: FakeEvent) -> None:
+        LOG.append(f"{self.name} waits for {event.at}")
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.at = "nothing"
+
+    def record(self, stream: FakeStream) -> None:
+        self.at = stream.name
+        LOG.append(f"record {stream.name}")
+
+
+A, B = FakeStream("A", 0x7F00_0000_1001), FakeStream("B", 0x7F00_0000_2002)
+NULL = FakeStream("null", 0)
+X, Y = (FakeStream(name, raw, True) for name, raw in (("X", 0x5000), ("Y", 0x6000)))
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> StreamOrder:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    LOG.clear()
+    return StreamOrder(DEVICE)
+
+
+def call(order: StreamOrder, stream: FakeStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What executors do around a launch."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    raw = stream.cuda_stream
+    if raw != order.last_raw:
+        order.switch(raw)
+    LOG.append(f"call on {stream.name}")
+    if order.record_each:
+        order.record()
+
+
+@pytest.mark.parametrize(
+    ("streams", "log"),
+    [
+        # who stays on one stream pays for nothing
+        ([A, A, A], ["call on A"] * 3),
+        ([NULL, NULL], ["call on null"] * 2),
+        ([A, B, B], ["call on A", "record A", "B waits for A", "call on B", "call on B"]),
+        ([NULL, A], ["call on null", "record null", "A waits for null", "call on A"]),
+        (
+            [A, B, A],
+            [
+                *("call on A", "record A", "B waits for A", "call on B"),
+                *("record B", "A waits for B", "call on A"),
+            ],
+        ),
+        # an external stream may be gone before the next call: what it did is marked at once
+        ([X, X], ["call on X", "record X"] * 2),
+        ([X, A], ["call on X", "record X", "A waits for X", "call on A"]),
+        ([A, X], ["call on A", "record A", "X waits for A", "call on X", "record X"]),
+        (
+            [X, Y, A],
+            [
+                *("call on X", "record X", "Y waits for X", "call on Y", "record Y"),
+                *("A waits for Y", "call on A"),
+            ],
+        ),
+    ],
+    ids=lambda value: "-".join(s.name for s in value) if isinstance(value[0], FakeStream) else "",
+)
+def test_order(
+    streams: list[FakeStream],
+    log: list[str],
+    order: StreamOrder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for stream in streams:
+        call(order, stream, monkeypatch)
+    assert log == LOG
+    assert order.last_raw == streams[-1].cuda_stream
+
+
+def test_the_runtime_asks_for_its_own_device(
+    order: StreamOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def current_stream(device: Any) -> FakeStream:
+        asked.append(device)
+        return A
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    order.switch(A.cuda_stream)
+    assert asked == [DEVICE]
