@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class TorchBackend(Backend):
 
     def __init__(self, cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts) -> None:
         super().__init__(cfg, weights, facts)
-        self._first: TorchExperts | None = None  # its views of the weights serve every bucket
+        # its views of the weights serve every bucket; programs own it, and with them the arena goes
+        self._first: weakref.ref[TorchExperts] | None = None
 
     @staticmethod
     def supports(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
@@ -55,8 +57,10 @@ class TorchBackend(Backend):
         aligned: bool = True,
         kernel_cache: dict[Any, Any] | None = None,
     ) -> Program:
-        experts = TorchExperts(self.cfg, self.weights, views, like=self._first)
-        self._first = self._first or experts
+        first = self._first() if self._first else None
+        experts = TorchExperts(self.cfg, self.weights, views, like=first)
+        if first is None:
+            self._first = weakref.ref(experts)
         return TorchProgram(experts)
 
     def router(
