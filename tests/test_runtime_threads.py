@@ -93,6 +93,17 @@ def test_updates_while_others_call() -> None:
     assert in_threads(work, [0, 1, 2]) == []
 
 
+def test_an_update_waits_for_the_call_under_way() -> None:
+    rt = make_runtime("torch")
+    update = threading.Thread(target=rt.update_weights, kwargs={"w2": torch.zeros(5, 40, 24)})
+    with rt._group.lock:  # as in the middle of a call
+        update.start()
+        update.join(0.2)
+        assert update.is_alive() and rt.weights.w2.any()
+    update.join(10)
+    assert not update.is_alive() and not rt.weights.w2.any()
+
+
 ALLOCATING = {
     "float32": CFG,
     "float16": replace(CFG, dtype="float16", activation="gelu_tanh", bias=True),
