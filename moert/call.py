@@ -138,7 +138,7 @@ class Call:
         """The call by kernel parameter name, with CPU tensors where launches take addresses."""
         weights, ids = self.topk
         is_f32 = weights.dtype is torch.float32
-        unused = torch.zeros(1, dtype=self.x.dtype if is_f32 else torch.float32)
+        unused = self.x.new_zeros(1, dtype=self.x.dtype if is_f32 else torch.float32)
         tensors = {
             "x_ptr": self.x,
             "ids_ptr": ids.view(torch.int32),

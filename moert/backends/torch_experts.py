@@ -54,8 +54,8 @@ class TorchExperts:
         self.linear2: ExpertLinear = ExpertLinear(
             weights.w2, weights.b2, scratch, like.linear2 if like else None
         )
-        self.bounds = torch.arange(cfg.num_experts + 1) << KEY_SHIFT
-        self.alpha = torch.tensor(cfg.activation_alpha, dtype=torch.float32)
+        self.bounds = torch.arange(cfg.num_experts + 1, device="cpu") << KEY_SHIFT
+        self.alpha = torch.tensor(cfg.activation_alpha, dtype=torch.float32, device="cpu")
         # numpy has what torch lacks: a sort in place and cheaper calls on few integers
         self.keys, self.order, self.token = (
             scratch[name].numpy() for name in ("keys", "order", "token")
@@ -121,7 +121,7 @@ class TorchExperts:
         """Sort the (token, slot) pairs by expert; expert e's rows are offsets[e]..offsets[e + 1]-1."""
         s, top_k, num_experts = self.scratch, self.cfg.top_k, self.cfg.num_experts
         n = live * top_k
-        iota = torch.arange(n, out=s["iota"][:n])
+        iota = torch.arange(n, out=s["iota"][:n], device="cpu")
         s["keys"][:n].view(live, top_k).copy_(topk_ids[:live]).clamp_(-1, num_experts)
         keys, order = self.keys[:n], self.order[:n]
         np.left_shift(keys, KEY_SHIFT, out=keys)

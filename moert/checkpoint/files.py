@@ -66,7 +66,9 @@ class TensorFiles:
                 f"{name}: stored as {part.get_dtype()}, a quantised or integer format; "
                 f"what can be loaded: {LOADABLE}"
             )
-        tensor = part[:] if index is None else part[index : index + 1][0]
+        # safetensors makes tensors on the caller's default device
+        with torch.device("cpu"):
+            tensor = part[:] if index is None else part[index : index + 1][0]
         assert isinstance(tensor, torch.Tensor)
         return tensor
 

@@ -184,11 +184,11 @@ def reference_on_host(
     """`experts_reference` on the CPU, of which only the experts that `topk` (on the CPU) names are copied."""
     valid = (topk.ids >= 0) & (topk.ids < cfg.num_experts)
     used = topk.ids[valid].unique().tolist()
-    place = torch.full((cfg.num_experts,), -1, dtype=torch.int32)
-    place[used] = torch.arange(len(used), dtype=torch.int32)
+    place = torch.full((cfg.num_experts,), -1, dtype=torch.int32, device="cpu")
+    place[used] = torch.arange(len(used), dtype=torch.int32, device="cpu")
     ids = torch.where(valid, place[topk.ids.clamp(0, cfg.num_experts - 1).long()], -1)
     if not used:
-        return torch.zeros(x.shape, dtype=torch.float32)
+        return torch.zeros(x.shape, dtype=torch.float32, device="cpu")
 
     def picked(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else torch.stack([tensor[e].cpu() for e in used])

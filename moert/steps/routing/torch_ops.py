@@ -27,24 +27,33 @@ class TorchRouter:
     def __init__(self, cfg: MoEConfig, max_tokens: int) -> None:
         rule, experts, k = cfg.routing, cfg.num_experts, cfg.top_k
         self.cfg, self.rule, self.max_tokens = cfg, rule, max_tokens
-        self.logits, self.scores, self.choice = torch.empty(3, max_tokens, experts).unbind()
-        self.chosen = torch.empty(max_tokens, k)
-        self.peak, self.total = torch.empty(2, max_tokens, 1).unbind()
-        self.bias = torch.empty(experts)
-        self.rank_experts = _Ranker(max_tokens, experts, k)
-        if rule.num_groups > 1:
-            self.rank_groups = _Ranker(max_tokens, rule.num_groups, rule.top_groups)
-            self.group_best = torch.empty(max_tokens, rule.num_groups, 2)
-            self.group_best_at = torch.empty(max_tokens, rule.num_groups, 2, dtype=torch.int64)
-            self.group = torch.empty(max_tokens, rule.num_groups)
-            self.allowed = torch.empty(max_tokens, rule.num_groups, dtype=torch.bool)
-            self.true = torch.ones(max_tokens, rule.top_groups, dtype=torch.bool)
-        self.zero, self.one, self.lowest = torch.tensor([0.0, 1.0, -FLOAT_MAX]).unbind()
-        self.epsilon, self.scale = torch.tensor([SUM_EPSILON, rule.scaling_factor]).unbind()
         self.scores_needed = rule.correction_bias or rule.num_groups > 1
         self.softmax_of_chosen = rule.scoring == "softmax_topk" or (
             rule.scoring == "softmax" and rule.renormalize
         )
+        # whatever the caller's default device is; dtypes are named for the same reason
+        with torch.device("cpu"):
+            self._allocate(max_tokens, experts, k)
+
+    def _allocate(self, max_tokens: int, experts: int, k: int) -> None:
+        rule, f32 = self.rule, torch.float32
+        self.logits, self.scores, self.choice = torch.empty(
+            3, max_tokens, experts, dtype=f32
+        ).unbind()
+        self.chosen = torch.empty(max_tokens, k, dtype=f32)
+        self.peak, self.total = torch.empty(2, max_tokens, 1, dtype=f32).unbind()
+        self.bias = torch.empty(experts, dtype=f32)
+        self.rank_experts = _Ranker(max_tokens, experts, k)
+        if rule.num_groups > 1:
+            self.rank_groups = _Ranker(max_tokens, rule.num_groups, rule.top_groups)
+            self.group_best = torch.empty(max_tokens, rule.num_groups, 2, dtype=f32)
+            self.group_best_at = torch.empty(max_tokens, rule.num_groups, 2, dtype=torch.int64)
+            self.group = torch.empty(max_tokens, rule.num_groups, dtype=f32)
+            self.allowed = torch.empty(max_tokens, rule.num_groups, dtype=torch.bool)
+            self.true = torch.ones(max_tokens, rule.top_groups, dtype=torch.bool)
+        self.zero, self.one, self.lowest = torch.tensor([0.0, 1.0, -FLOAT_MAX], dtype=f32).unbind()
+        constants = [SUM_EPSILON, rule.scaling_factor]
+        self.epsilon, self.scale = torch.tensor(constants, dtype=f32).unbind()
 
     def __call__(
         self, logits: torch.Tensor, out: TopK, correction_bias: torch.Tensor | None = None
@@ -146,7 +155,7 @@ class _Ranker:
         self.keys = torch.empty(rows, columns, dtype=torch.int64)
         self.best, self.best_at = torch.empty(2, rows, k, dtype=torch.int64).unbind()
         self.reversed = torch.arange(columns - 1, -1, -1)
-        self.zero = torch.tensor(0.0)
+        self.zero = torch.tensor(0.0, dtype=torch.float32)
         self.sign_shift, self.magnitude = torch.tensor([31, 2**31 - 1], dtype=torch.int32).unbind()
         self.high_word, self.lowest = torch.tensor([2**32, -(2**63)]).unbind()
 

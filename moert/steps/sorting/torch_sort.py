@@ -19,7 +19,10 @@ def sort_torch(
     """Write `out` up to the rows in use; `live` is 0..T, the others as for `moert.sort`, on the CPU."""
     num_tokens, top_k = topk_ids.shape
     ids = topk_ids[:live].reshape(-1).long()
-    kept = torch.ones(num_experts, dtype=torch.bool) if expert_mask is None else expert_mask != 0
+    if expert_mask is None:
+        kept = torch.ones(num_experts, dtype=torch.bool, device="cpu")
+    else:
+        kept = expert_mask != 0
     local = kept.cumsum(0) - 1
     routed = (ids >= 0) & (ids < num_experts)
     routed &= kept[torch.where(routed, ids, 0)]
@@ -30,7 +33,7 @@ def sort_torch(
     counts = torch.bincount(expert, minlength=num_experts)
     blocks = (counts + block_size - 1) // block_size
     first_block = blocks.cumsum(0) - blocks
-    rank = torch.arange(len(row)) - (counts.cumsum(0) - counts)[expert]
+    rank = torch.arange(len(row), device="cpu") - (counts.cumsum(0) - counts)[expert]
     at = first_block[expert] * block_size + rank
     num_blocks = int(blocks.sum())
     padded = num_blocks * block_size
@@ -41,7 +44,7 @@ def sort_torch(
     out.sorted_weights[:padded] = 0.0
     out.sorted_weights[at] = topk_weights[token, slot].float()
     out.sorted_expert_ids[:num_blocks] = (
-        torch.arange(num_experts).repeat_interleave(blocks).to(torch.int32)
+        torch.arange(num_experts, device="cpu").repeat_interleave(blocks).to(torch.int32)
     )
     out.num_valid_ids[0] = padded
     out.num_valid_ids[1] = live
