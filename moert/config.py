@@ -8,6 +8,7 @@ expert, S = T*K routed rows, BM/BN/BK tile sizes, bucket B >= T the batch size a
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,10 @@ class Routing:
             raise ConfigError(
                 f"routing.top_groups={self.top_groups} exceeds routing.num_groups={self.num_groups}"
             )
-        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
-            raise ConfigError(
-                f"routing.scaling_factor={self.scaling_factor} must be finite and > 0"
-            )
+        _truth("routing.renormalize", self.renormalize)
+        _truth("routing.correction_bias", self.correction_bias)
+        scale = _number("routing.scaling_factor", self.scaling_factor, above=0.0)
+        object.__setattr__(self, "scaling_factor", scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,8 @@ class MoEConfig:
                 f"top_k={self.top_k} exceeds 127, the most a packed sort entry can hold"
             )
         _one_of("activation", self.activation, ACTIVATIONS)
+        _truth("gated", self.gated)
+        _truth("bias", self.bias)
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         _one_of("dtype", self.dtype, DTYPES)
         if isinstance(self.routing, dict):
@@ -130,10 +133,15 @@ class MoEConfig:
             raise ConfigError(
                 f"activation_limit={self.activation_limit} clamps gate and up, but gated=False"
             )
-        if self.activation_limit is not None and not self.activation_limit > 0:
-            raise ConfigError(
-                f"activation_limit={self.activation_limit} must be > 0, or None for no clamp"
-            )
+        if self.activation_limit is not None:
+            limit = _number("activation_limit", self.activation_limit, above=0.0)
+            object.__setattr__(self, "activation_limit", limit)
+        alpha = _number("activation_alpha", self.activation_alpha)
+        object.__setattr__(self, "activation_alpha", alpha)
+        if isinstance(self.path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(self.path))
+        if not (self.path is None or isinstance(self.path, str)):
+            raise ConfigError(f"path={self.path!r} must be the directory of a checkpoint, or None")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -210,3 +218,17 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _positive_int(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r} must be an integer >= 1")
+
+
+def _truth(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be True or False")
+
+
+def _number(name: str, value: object, above: float = -math.inf) -> float:
+    """The value as a float, so that equal configs have one repr."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if math.isfinite(number) and number > above:
+        return float(number)
+    bound = "finite" if above == -math.inf else f"finite and > {above:g}"
+    raise ConfigError(f"{name}={value!r} must be a number, {bound}")

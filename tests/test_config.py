@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ REFUSED = [
     ("k-of-groups", {"top_k": 3, "routing": {"num_groups": 4}}, ["top_k=3", "2 experts"]),
     ("top2-of-1", {"top_k": 1, "routing": {"num_groups": 8}}, ["top2_sum", "at least 2"]),
     ("scale-nan", {"routing": {"scaling_factor": float("nan")}}, ["scaling_factor=nan"]),
+    ("scale-zero", {"routing": {"scaling_factor": 0}}, ["scaling_factor=0", "> 0"]),
+    ("scale-text", {"routing": {"scaling_factor": "2"}}, ["scaling_factor='2'", "number"]),
+    ("scale-none", {"routing": {"scaling_factor": None}}, ["scaling_factor=None", "number"]),
+    ("renormalize", {"routing": {"renormalize": "no"}}, ["renormalize='no'", "True or False"]),
+    ("correction", {"routing": {"correction_bias": 1}}, ["correction_bias=1", "True or False"]),
+    ("gated", {"gated": "yes"}, ["gated='yes'", "True or False"]),
+    ("bias", {"bias": 0}, ["bias=0", "True or False"]),
+    ("limit-text", {"activation_limit": "7"}, ["activation_limit='7'", "number"]),
+    ("limit-inf", {"activation_limit": float("inf")}, ["activation_limit=inf", "finite"]),
+    ("limit-bool", {"activation_limit": True}, ["activation_limit=True", "number"]),
+    ("alpha", {"activation_alpha": float("nan")}, ["activation_alpha=nan", "finite"]),
+    ("alpha-text", {"activation_alpha": "1.7"}, ["activation_alpha='1.7'", "number"]),
+    ("path", {"path": 3}, ["path=3", "directory"]),
 ]
 
 
@@ -105,6 +119,12 @@ def test_derived_values() -> None:
     assert config(activation="swiglu_oai").activation_limit == 7.0
     assert config(activation="swiglu_oai", activation_limit=3.0).activation_limit == 3.0
     assert config().activation_limit is None
+
+
+def test_numbers_and_paths_have_one_form() -> None:
+    cfg = config(activation_limit=7, activation_alpha=2, path=Path("some/where"))
+    assert repr(cfg) == repr(config(activation_limit=7.0, activation_alpha=2.0, path="some/where"))
+    assert repr(Routing(scaling_factor=2)) == repr(Routing(scaling_factor=2.0))
 
 
 def test_from_dict_takes_own_names_only() -> None:

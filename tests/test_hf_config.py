@@ -246,6 +246,7 @@ def test_unknown_model_type_is_inferred_only_when_settled() -> None:
     assert config_from_hf(softmax).intermediate_size == 160
 
 
+V3_FIELDS = {**QWEN, "model_type": "deepseek_v3"}
 BAD: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("not-a-config", 7, ConfigError, ["int", "dict"]),
     ("dense", {"model_type": "llama", "hidden_size": 64}, ConfigError, ["'llama'", "num_experts"]),
@@ -286,6 +287,19 @@ BAD: list[tuple[str, Any, type[Exception], list[str]]] = [
         ["scoring_func='tanh'", "sqrtsoftplus"],
     ),
     ("dtype", {**QWEN, "dtype": "float8_e4m3fn"}, ConfigError, ["float8_e4m3fn"]),
+    # values of another type than the field's
+    ("text", {**QWEN, "num_experts_per_tok": "2"}, ConfigError, ["top_k='2'", "integer"]),
+    ("list", {**QWEN, "hidden_act": ["silu"]}, UnsupportedError, ["hidden_act=['silu']"]),
+    ("norm", {**QWEN, "norm_topk_prob": "maybe"}, ConfigError, ["renormalize='maybe'"]),
+    ("groups", {**V3_FIELDS, "n_group": "4"}, ConfigError, ["num_groups='4'", "integer"]),
+    ("scale", {**V3_FIELDS, "routed_scaling_factor": "x"}, ConfigError, ["scaling_factor='x'"]),
+    (
+        "limit",
+        {**QWEN, "model_type": "gpt_oss", "intermediate_size": 96, "swiglu_limit": "7"},
+        ConfigError,
+        ["activation_limit='7'", "number"],
+    ),
+    ("format", {**QWEN, "quantization_config": "fp8"}, UnsupportedError, ["'fp8'"]),
 ]
 
 

@@ -136,7 +136,10 @@ def check_not_quantized(fields: Fields) -> None:
         quantization = fields.get(key)
         if not quantization:
             continue
-        get = (quantization if isinstance(quantization, Mapping) else vars(quantization)).get
+        if isinstance(quantization, Mapping):
+            get = quantization.get
+        else:
+            get = getattr(quantization, "__dict__", {"quant_method": quantization}).get
         name = get("quant_method") or get("quant_type") or get("fmt") or "unnamed"
         details = [
             f"{k}={get(k)!r}" for k in ("fmt", "format", "bits", "weight_block_size") if get(k)
@@ -197,7 +200,7 @@ def _activation(fields: Fields, family: Family) -> str:
     if family.activation is not None:
         return family.activation
     name = _find(fields, ("hidden_act", "mlp_hidden_act", "hidden_activation")) or "silu"
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UnsupportedError(f"hidden_act={name!r}: supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
@@ -228,16 +231,16 @@ def _routing(fields: Fields, family: Family) -> Routing:
     groups = (fields.get("n_group", family.n_group) or 1) if group_score else 1
     renormalize = family.norm_topk_prob
     if not family.norm_fixed:
-        renormalize = bool(_get(fields, "norm_topk_prob", renormalize))
+        renormalize = _get(fields, "norm_topk_prob", renormalize)
     scaling = _get(fields, "routed_scaling_factor", family.scaling) if family.scaled else 1.0
     return Routing(
         scoring=scoring,
         renormalize=renormalize,
         correction_bias=bias and bool(_get(fields, "use_routing_bias", True)),
         num_groups=groups,
-        top_groups=fields.get("topk_group", family.topk_group) if groups > 1 else 1,
-        group_score=group_score if group_score and groups > 1 else GROUP_SCORES[-1],
-        scaling_factor=float(scaling),
+        top_groups=fields.get("topk_group", family.topk_group) if groups != 1 else 1,
+        group_score=group_score if group_score and groups != 1 else GROUP_SCORES[-1],
+        scaling_factor=scaling,
     )
 
 
