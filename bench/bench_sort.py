@@ -52,7 +52,16 @@ def sort_runs(experts: int, tokens: int) -> dict[str, Any]:
             continue
         fields = [Field(*f) for f in sort_fields(strategy, tokens, experts, TOP_K, BLOCK_M)]
         views = Arena(device, layout(fields)[1]).views(fields)
-        launches = sort_launches(strategy, facts, tokens, experts, TOP_K, BLOCK_M, views)
+        launches = sort_launches(
+            strategy,
+            facts,
+            tokens,
+            experts,
+            TOP_K,
+            BLOCK_M,
+            views,
+            dependent=facts.dependent_launch,
+        )
         compiled = [CompiledLaunch(x, compile_launch(x, torch.bfloat16)) for x in launches]
 
         def run(compiled: list[CompiledLaunch] = compiled, views: Any = views) -> None:

@@ -35,6 +35,11 @@ class DeviceFacts:
     memory_bytes: int
 
     @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel can start while its predecessor drains: NVIDIA, compute capability 9.0 on."""
+        return self.kind == "cuda" and int(self.arch.removeprefix("sm_") or 0) >= 90
+
+    @property
     def slug(self) -> str:
         """The name as a file name: "nvidia-h200"."""
         return "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())

@@ -10,7 +10,7 @@ compiled for a device that is absent.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,23 @@ class Launch:
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
+
+
+def in_a_row(launches: Sequence[Launch], dependent: bool) -> list[Launch]:
+    """The launches with the constant PDL their kernels have, each dependent on the one before if asked.
+
+    The first one too: it waits for whatever precedes it on the stream, as all of them do
+    (`steps/dependent_launch.py`).
+    """
+    options = {"launch_pdl": True} if dependent else {}
+    return [
+        replace(
+            launch,
+            constants={**launch.constants, "PDL": dependent},
+            options={**launch.options, **options},
+        )
+        for launch in launches
+    ]
 
 
 def signature(

@@ -36,19 +36,16 @@ class Choice:
         strategy: how rows are sorted.
         gate_up, down: tiles of the two GEMMs; None on backends that have none to choose.
         dependent: each launch starts while its predecessor drains (programmatic dependent launch).
-        prefetch: down weights asked for before that wait: of this many experts a token (direct), or of
-            the program's own tile (grouped, any value above 0); needs `dependent`.
     """
 
     strategy: str
     gate_up: Tile | None = None
     down: Tile | None = None
     dependent: bool = False
-    prefetch: int = 0
 
     def __str__(self) -> str:
         text = f"{self.strategy} gate_up={self.gate_up} down={self.down}"
-        return f"{text} dependent prefetch={self.prefetch}" if self.dependent else text
+        return f"{text} dependent" if self.dependent else text
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,12 +63,10 @@ class Choice:
         for tile in filter(None, tiles.values()):
             if not all(type(v) is int and v > 0 for v in asdict(tile).values()):
                 raise ValueError(f"tile {tile} has a field that is no positive integer")
-        dependent, prefetch = data.get("dependent", False), data.get("prefetch", 0)
-        if type(dependent) is not bool or type(prefetch) is not int or prefetch < 0:
-            raise ValueError(
-                f"dependent={dependent!r}, prefetch={prefetch!r}: need a bool, a count"
-            )
-        return cls(data["strategy"], tiles["gate_up"], tiles["down"], dependent, prefetch)
+        dependent = data.get("dependent", False)
+        if type(dependent) is not bool:
+            raise ValueError(f"dependent={dependent!r}: need true or false")
+        return cls(data["strategy"], tiles["gate_up"], tiles["down"], dependent)
 
 
 @dataclass(frozen=True, slots=True)

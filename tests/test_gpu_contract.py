@@ -225,7 +225,7 @@ def test_a_capture_refuses_what_it_cannot_hold(real: MoERuntime, odd: MoERuntime
     off = runtime(ODD, graphs="off")
     small = make_case(ODD, 2)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        with pytest.raises(StateError, match="513 tokens inside a capture"):
+        with pytest.raises(StateError, match="513 rows inside a capture"):
             real.forward(case.x, case.topk, case.out)
         with pytest.raises(StateError, match="graphs='off'"):
             off.forward(small.x, small.topk, small.out)

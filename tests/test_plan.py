@@ -17,7 +17,7 @@ GOOD = Choice("one_shot", TILE, Tile(1, 8, 256)).to_json()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("rest", [(None, None), (TILE, None), (Tile(1, 4, 512), TILE, True, 3)])
+@pytest.mark.parametrize("rest", [(None, None), (TILE, None), (Tile(1, 4, 512), TILE, True)])
 def test_a_choice_survives_json(strategy: str, rest: tuple[Any, ...]) -> None:
     choice = Choice(strategy, *rest)
     assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
@@ -42,8 +42,6 @@ def test_a_choice_survives_json(strategy: str, rest: tuple[Any, ...]) -> None:
             for bad in (0, -4, 2.0, "4", None, True)
         ),
         GOOD | {"dependent": 1},
-        GOOD | {"prefetch": -1},
-        GOOD | {"prefetch": True},
         [],
         None,
         "none",
@@ -56,7 +54,7 @@ def test_what_is_no_choice_is_refused(data: Any) -> None:
 
 
 def test_a_choice_without_launch_options_is_an_older_one() -> None:
-    data = {k: v for k, v in GOOD.items() if k not in ("dependent", "prefetch")}
+    data = {k: v for k, v in GOOD.items() if k != "dependent"}
     assert Choice.from_json(data) == Choice.from_json(GOOD)
 
 

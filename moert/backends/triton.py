@@ -84,6 +84,7 @@ class TritonBackend(Backend):
             cfg.top_k,
             choice.gate_up.bm,
             views,
+            dependent=choice.dependent,
         )
         return [*sort, *grouped_launches(cfg, weights, choice, views)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moert.config import MoEConfig
-from moert.launch import Grid, Launch
+from moert.launch import Grid, Launch, in_a_row
 from moert.plan import Choice, Tile
 from moert.steps.combine.triton import combine_kernel
 from moert.steps.down.triton import down_direct_kernel, down_grouped_kernel
@@ -39,7 +39,7 @@ def direct_launches(
         lambda tokens: (down_tiles * tokens, 1, 1),
         {"w2_ptr": weights.w2, "b2_ptr": weights.b2, "h_ptr": views["h"]},
         {
-            **_down_constants(cfg, weights, choice),
+            **_down_constants(cfg, weights),
             **ids,
             **_direct_tile(down),
             "KP": 1 << (cfg.top_k - 1).bit_length(),
@@ -47,7 +47,7 @@ def direct_launches(
         down.num_warps,
         down.num_stages,
     )
-    return _chain(choice, [gate_up, combine])
+    return in_a_row([gate_up, combine], choice.dependent)
 
 
 def grouped_launches(
@@ -75,7 +75,7 @@ def grouped_launches(
             "h_ptr": views["h"],
             "y_ptr": views["y"],
         },
-        {**_down_constants(cfg, weights, choice), "K": cfg.top_k, **_grouped_tile(down)},
+        {**_down_constants(cfg, weights), "K": cfg.top_k, **_grouped_tile(down)},
         down.num_warps,
         down.num_stages,
     )
@@ -89,32 +89,7 @@ def grouped_launches(
         num_warps=2,
         num_stages=1,
     )
-    # the sort is launched before these and knows nothing of them
-    return _chain(choice, [gate_up, down_gemm, combine], follows=True)
-
-
-def _chain(choice: Choice, launches: list[Launch], follows: bool = False) -> list[Launch]:
-    """Programmatic dependent launch for every launch that follows one of ours, where chosen.
-
-    The first launch of a call is ordered by the stream alone: what runs before it is not ours.
-    """
-    chained = []
-    for index, launch in enumerate(launches):
-        dependent = choice.dependent and (follows or index > 0)
-        constants = {**launch.constants, "PDL": choice.dependent}
-        options = {"launch_pdl": True} if dependent else {}
-        chained.append(
-            Launch(
-                launch.kernel,
-                launch.grid,
-                launch.args,
-                constants,
-                launch.num_warps,
-                launch.num_stages,
-                options,
-            )
-        )
-    return chained
+    return in_a_row([gate_up, down_gemm, combine], choice.dependent)
 
 
 def _tiles(choice: Choice) -> tuple[Tile, Tile]:
@@ -155,7 +130,7 @@ def _gate_up_constants(cfg: MoEConfig, weights: ExpertWeights) -> dict[str, Any]
     }
 
 
-def _down_constants(cfg: MoEConfig, weights: ExpertWeights, choice: Choice) -> dict[str, Any]:
+def _down_constants(cfg: MoEConfig, weights: ExpertWeights) -> dict[str, Any]:
     expert, row, column = weights.w2.stride()
     return {
         "H": cfg.hidden_size,
@@ -163,5 +138,4 @@ def _down_constants(cfg: MoEConfig, weights: ExpertWeights, choice: Choice) -> d
         "W_E": expert,
         "W_N": row,
         "W_K": column,
-        "PREFETCH": min(choice.prefetch, cfg.top_k),
     }

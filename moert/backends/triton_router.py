@@ -32,6 +32,7 @@ class TritonRouter(Router):
         correction_bias: [E] or None, as the routing rule has it.
         no_limit: int32 scalar on the device, read where the caller gives no live count.
         max_tokens: the most rows of a call.
+        dependent: the kernel that follows may start while routing drains.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class TritonRouter(Router):
         correction_bias: torch.Tensor | None,
         no_limit: torch.Tensor,
         max_tokens: int,
+        dependent: bool,
         kernel_cache: dict[Any, Any],
     ) -> None:
         self.cfg, self.no_limit = cfg, no_limit
@@ -47,7 +49,7 @@ class TritonRouter(Router):
         # launches by T, made once for a share group, so that no call builds a dictionary
         if "router_launches" not in kernel_cache:
             sizes = range(max_tokens + 1)
-            kernel_cache["router_launches"] = [routing_launch(cfg, tokens) for tokens in sizes]
+            kernel_cache["router_launches"] = [routing_launch(cfg, t, dependent) for t in sizes]
         self._launches = kernel_cache["router_launches"]
         self._kernels = {
             (dtype, constants["BLOCK_T"]): self._compiled(dtype, constants, warps, kernel_cache)
@@ -121,4 +123,6 @@ def make_router(
     """The router for a device; on a CPU the interpreted one."""
     if facts.kind == "cpu":
         return InterpretedRouter(cfg, correction_bias)
-    return TritonRouter(cfg, correction_bias, no_limit, max_tokens, kernel_cache)
+    return TritonRouter(
+        cfg, correction_bias, no_limit, max_tokens, facts.dependent_launch, kernel_cache
+    )

@@ -12,9 +12,8 @@ from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
 
-DIRECT_ROWS = (
-    256  # past this many routed rows a direct plan re-reads weights too often to be worth timing
-)
+# past this many routed rows a direct plan re-reads weights too often to be worth timing
+DIRECT_ROWS = 64
 
 
 def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
@@ -88,13 +87,17 @@ def candidates(
     cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategies: Sequence[str]
 ) -> list[Choice]:
     """Choices worth timing, the default first, without repeats."""
-    found = {default_choice(cfg, facts, tokens): None}
+    default = default_choice(cfg, facts, tokens)
+    found = {default: None}
     rows = tokens * cfg.top_k
     if "none" in strategies and (rows <= DIRECT_ROWS or len(strategies) == 1):
         found |= dict.fromkeys(_direct_candidates(cfg, facts))
-    for strategy in strategies:
-        if strategy != "none":
-            found |= dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy))
+    sorts = [s for s in strategies if s != "none"]
+    sorts.sort(key=lambda s: s != default.strategy)
+    for strategy, most in zip(sorts, (None, 3), strict=False):
+        # how rows are sorted and how they are multiplied hardly influence each other: a few tiles tell
+        # which sort is faster
+        found |= dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy, most))
     return list(found)
 
 
@@ -138,14 +141,13 @@ def _direct_candidates(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
     yield from (Choice("none", tile, middle_down) for tile in up)
     yield from (Choice("none", middle_up, tile) for tile in down)
     if facts.dependent_launch:
-        for prefetch in (0, 1, cfg.top_k):
-            yield from (Choice("none", middle_up, tile, True, prefetch) for tile in down[::3])
+        yield from (Choice("none", middle_up, tile, True) for tile in down[::3])
 
 
 # BN, BK, warps, stages
 _GROUPED = (
-    *((32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)),
-    *((128, 64, 8, 3), (32, 256, 4, 3), (32, 64, 4, 6), (128, 128, 8, 3), (256, 64, 8, 3)),
+    *((64, 128, 4, 3), (32, 128, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (32, 256, 4, 3)),
+    *((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4)),
 )
 # 64 KiB of shared memory on most: more than two stages would leave only the smallest tiles
 _GROUPED_HIP = (
@@ -155,14 +157,12 @@ _GROUPED_HIP = (
 
 
 def _grouped_candidates(
-    cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str
+    cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str, most: int | None
 ) -> Iterator[Choice]:
     mean = tokens * cfg.top_k / cfg.num_experts
-    able = facts.dependent_launch
     sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(16, 4 * mean)][-3:]
-    shapes = _GROUPED_HIP if facts.kind == "hip" else _GROUPED
+    shapes = (_GROUPED_HIP if facts.kind == "hip" else _GROUPED)[:most]
     for bm, (bn, bk, warps, stages) in itertools.product(sizes, shapes):
         tile = Tile(bm, bn, bk, warps, stages)
         if _fits(tile, cfg, facts):
-            for prefetch in (0, 1) if able else (0,):
-                yield Choice(strategy, tile, tile, able, prefetch)
+            yield Choice(strategy, tile, tile, facts.dependent_launch)

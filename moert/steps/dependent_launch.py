@@ -28,16 +28,3 @@ def wait_for_predecessor(PDL: tl.constexpr):
 def let_successor_start(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(pointers):
-    """Bring the cache lines of a block of pointers into the last-level cache; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64, bitcast=False)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

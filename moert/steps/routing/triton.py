@@ -17,6 +17,7 @@ import triton.language as tl
 from moert.config import MoEConfig
 from moert.errors import UnsupportedError
 from moert.steps.call_args import live_tokens
+from moert.steps.dependent_launch import let_successor_start
 from moert.topk import TopK
 
 MAX_EXPERTS = 1024
@@ -168,12 +169,14 @@ def routing_fwd_kernel(
     E: tl.constexpr, K: tl.constexpr, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2_SUM: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Route BLOCK_T tokens; rows from min(num_tokens, *num_valid_ptr) on are neither read nor written.
 
     logits [num_tokens, E] with a row stride; bias [E] or None; weights fp32 and ids int32 [num_tokens, K],
     contiguous; num_valid int32 scalar or None. The experts lie as [GROUPS, GROUP], both padded.
     """
+    let_successor_start(PDL)
     BY_LOGIT: tl.constexpr = correction_bias_ptr is None
     PACKED: tl.constexpr = BY_LOGIT and logits_ptr.dtype.element_ty.primitive_bitwidth == 16
     live = num_tokens
@@ -224,8 +227,13 @@ def routing_fwd_kernel(
     tl.store(routed_weights_ptr + at, weights, mask=mask)
 
 
-def routing_launch(cfg: MoEConfig, tokens: int) -> tuple[tuple[int], dict[str, Any], int]:
+def routing_launch(
+    cfg: MoEConfig, tokens: int, dependent: bool = False
+) -> tuple[tuple[int], dict[str, Any], int]:
     """Grid, constexpr arguments in the kernel's order, and warps, for up to `tokens` rows (B, or T).
+
+    Args:
+        dependent: the next kernel may start while this one drains, if it is launched so.
 
     Raises:
         UnsupportedError: more than 1024 experts.
@@ -255,6 +263,7 @@ def routing_launch(cfg: MoEConfig, tokens: int) -> tuple[tuple[int], dict[str, A
         # the warp instruction reduces whole warps only (32 lanes on NVIDIA, up to 64 on AMD)
         "GROUP": max(triton.next_power_of_2(group), 64 if rule.num_groups == 1 else 1),
         "BLOCK_K": triton.next_power_of_2(cfg.top_k),
+        "PDL": dependent,
     }
     return ((tokens + block_t - 1) // block_t,), constexprs, 1
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moert.device import DeviceFacts
-from moert.launch import Launch
+from moert.launch import Launch, in_a_row
 from moert.steps.sorting.layout import (
     MAX_SHARES,
     MAX_TOKENS,
@@ -116,12 +116,14 @@ def sort_launches(
     block_m: int,
     views: Mapping[str, torch.Tensor],
     expert_mask: torch.Tensor | None = None,
+    dependent: bool = False,
 ) -> list[Launch]:
     """Launches that sort up to `tokens` rows into `views` (the arrays of `sort_fields`, or larger ones).
 
     Args:
         tokens: of the bucket or call; a launch with fewer is bounded by the count on the device.
         expert_mask: [E] int32, 0 for experts to leave out; None to keep all.
+        dependent: each launch starts while its predecessor drains.
     """
     if strategy == "none":
         return []
@@ -138,7 +140,8 @@ def sort_launches(
     }
     masked = {"expert_mask_ptr": expert_mask}
     if strategy == "one_shot":
-        return [_one_shot(facts, tokens, top_k, {**outputs, **masked}, {**sizes, **rest})]
+        one = _one_shot(facts, tokens, top_k, {**outputs, **masked}, {**sizes, **rest})
+        return in_a_row([one], dependent)
 
     def grid(rows: int) -> tuple[int, int, int]:
         return num_shares(min(rows, tokens), top_k), 1, 1
@@ -148,7 +151,7 @@ def sort_launches(
     depth = max(16, _power_of_two(num_shares(tokens, top_k)))
     counts = {"counts_ptr": scratch}
     totals = {"totals_ptr": scratch[num_shares(tokens, top_k)]}
-    return [
+    phases = [
         Launch(
             sort_count_kernel,
             grid,
@@ -171,6 +174,7 @@ def sort_launches(
             _warps(128, facts),
         ),
     ]
+    return in_a_row(phases, dependent)
 
 
 def _one_shot(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from moert.steps.call_args import live_tokens, load_expert_id, load_routing_weight
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 
 
 @triton.jit
@@ -111,11 +112,14 @@ def sort_one_shot_kernel(
     expert_mask_ptr, sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
     E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
     C: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Every program counts all rows, C at a time, and places SHARE of them; nobody waits for anybody.
 
     expert_mask [E] int32 or None; outputs as `SortedRows` says. ONE_TILE: all rows fit one tile.
     """
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     MASKED: tl.constexpr = expert_mask_ptr is not None
     live = live_tokens(num_tokens, num_valid_ptr)
     local = live
@@ -184,8 +188,11 @@ def _share(live, K: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr):
 def sort_count_kernel(
     ids_ptr, ids_stride, ids_words, num_valid_ptr, num_tokens, expert_mask_ptr, counts_ptr,
     E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """counts [programs, EP] int32: rows of each expert in each program's share."""
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     MASKED: tl.constexpr = expert_mask_ptr is not None
     live = live_tokens(num_tokens, num_valid_ptr)
     local = live
@@ -207,12 +214,14 @@ def sort_count_kernel(
 def sort_scan_kernel(
     num_valid_ptr, num_tokens, counts_ptr, totals_ptr,
     K: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """counts [shares, EP] becomes, in place, the sum of the counts above; totals [EP] of all.
 
     One program takes COLUMNS experts. DEPTH: a power of two, no less than the shares.
     """
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     shares = _num_shares(live_tokens(num_tokens, num_valid_ptr), K, C, SHARES)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.arange(0, DEPTH)[:, None]
@@ -230,8 +239,11 @@ def sort_place_kernel(
     sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
     E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
     C: tl.constexpr, SHARES: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Place the program's share of rows, C at a time; counts and totals as `sort_scan_kernel` left them."""
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     MASKED: tl.constexpr = expert_mask_ptr is not None
     live = live_tokens(num_tokens, num_valid_ptr)
     local = live
