@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from moert.call import NAMES
-from moert.device import DeviceFacts, device_facts
+from moert.device import device_facts
 from moert.errors import StateError, UnsupportedError
 from moert.launch import CompiledLaunch, Launch, compile_launch
-from moert.steps.sorting.launches import AUTO_ONE_SHOT_ROWS, feasible, sort_launches
+from moert.steps.sorting.crossovers import default_strategy
+from moert.steps.sorting.launches import feasible, sort_launches
 from moert.steps.sorting.layout import SortedRows, scratch_shape
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -61,13 +62,6 @@ def sort_gpu(
         for launch in launches:
             compiled = _compile(launch, topk_weights.dtype, aligned, device)
             CompiledLaunch(launch, compiled).run(values, tokens, stream)
-
-
-def default_strategy(tokens: int, num_experts: int, top_k: int, facts: DeviceFacts) -> str:
-    """One-shot up to AUTO_ONE_SHOT_ROWS rows, where it can run, else multi-phase."""
-    few = tokens * top_k <= AUTO_ONE_SHOT_ROWS
-    fits = feasible("one_shot", tokens, num_experts, top_k, facts) is None
-    return "one_shot" if few and fits else "multi_phase"
 
 
 def _compile(launch: Launch, dtype: torch.dtype, aligned: bool, device: torch.device) -> Any:

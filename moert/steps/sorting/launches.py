@@ -32,7 +32,6 @@ MAX_ROWS = 2**30  # positions are int32
 MAX_ONE_SHOT_ROWS = 65536  # every workgroup counts all rows: the work grows with their square
 # us on an H200 (E=128, K=8), one-shot and multi-phase: 3.1 and 7.6 at 1024 rows, 5.3 and 7.7 at 2048,
 # 10 and 7.7 at 2560
-AUTO_ONE_SHOT_ROWS = 2048
 ONE_SHOT_TILE = 1024  # rows counted at a time, at most
 SCAN_COLUMNS = 8
 PADDED_EXPERTS = 16  # whose padding a multi-phase workgroup stores at a time
