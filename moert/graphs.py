@@ -16,8 +16,13 @@ calls are launched kernel by kernel.
 A graph launched into the legacy null stream cost 12 to 18 us more device time than in any other
 stream (18.7 against 36.9 us for two 36 MB reads). The driver orders the null stream and every
 *blocking* stream after each other, so calls made on the null stream launch their graphs into one
-blocking stream of ours: 18.7 us. Chained per-layer replays then cost 1.4 (one kernel) to 2.0 us
-(two) a layer more than one graph of all layers.
+blocking stream of ours: 18.7 us.
+
+48 chained replays against one graph of the same 48 layers (E=32), device time a layer: +2.2 us at
+T=1 (two kernels), +2.9 at T=8 and +2.3 at T=64 (four). It is the driver's gap between two graphs:
+instantiating without flags, a stream of high priority and plain instead of programmatic edges
+changed nothing beyond 0.2 us. Launching the same kernels one by one, each dependent on the one
+before, also across layers, cost +1.5 us at T=8, but 2 us of host time a kernel instead of 2 us a call.
 """
 
 from __future__ import annotations

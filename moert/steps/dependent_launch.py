@@ -8,6 +8,11 @@ complete before its predecessor, and the next one would wait for the wrong thing
 its successor start only after its own wait: what was written two kernels ago (the sort, the
 routing) is then complete, and the successor may read it before it waits.
 
+Measured on an H200: the four kernels of a sorted plan 1.2 us faster a layer at T=8 and 1.9 at T=64
+(E=32, K=8, H=2048, I=768); the direct pair 4 us slower at T=1 there (its down programs take
+registers and bandwidth from gate/up programs still at work), 0.5 us faster with H=7168, I=256. So
+it is for the tuner to choose.
+
 Elsewhere (PDL = False) both calls compile to nothing and launches are ordered by the stream.
 """
 

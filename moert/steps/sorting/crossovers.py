@@ -25,7 +25,7 @@ def _measured() -> dict[str, dict[int, int]]:
 
 
 def one_shot_rows(num_experts: int, facts: DeviceFacts) -> int:
-    """The most rows S for which one-shot is taken: this device's for the next larger measured E, else the rule."""
+    """The most rows S for which one-shot is taken: measured at the next larger E, else the rule."""
     by_experts = _measured().get(facts.name)
     if not by_experts:
         return RULE_ROWS
