@@ -42,6 +42,8 @@ def check_forward(
             raise InputError(f"out: overlaps {name} in memory, need a buffer of its own")
     if num_valid is not None:
         check_num_valid(device, num_valid)
+        if tokens and overlap(out, num_valid.view(1, 1)):
+            raise InputError("out: overlaps num_valid in memory, need a buffer of its own")
     if pad not in PADS:
         raise InputError(f"pad: got {pad!r}, need one of {', '.join(PADS)}")
 

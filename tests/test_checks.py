@@ -63,11 +63,18 @@ GOOD = {
     "the model's weights": {"weights": torch.zeros(T, K, dtype=torch.float16)},
     "one row read often": {"x": torch.zeros(1, H, dtype=torch.float16).expand(T, H)},
     "num_valid": {"num_valid": torch.tensor(3, dtype=torch.int32)},
+    "num_valid beside out": {
+        "num_valid": at(T * H, 1, 2).view(torch.int32)[0],
+        "out": at(0, T, H),
+    },
     "num_valid [1, 1]": {"num_valid": torch.tensor([[3]], dtype=torch.int32)},
     "zero": {"pad": "zero"},
 }
 # plainly_fine takes no closer look at these
-CLOSER = {"columns of one buffer", "one row read often", "num_valid", "num_valid [1, 1]"}
+CLOSER = {
+    *("columns of one buffer", "one row read often"),
+    *("num_valid", "num_valid beside out", "num_valid [1, 1]"),
+}
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -144,6 +151,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"num_valid": torch.empty(1, dtype=torch.int32, device="meta")},
         "num_valid: got torch.int32 [1] on meta, need one int32 value on cpu",
+    ),
+    (
+        {"num_valid": at(2 * H, 1, 2).view(torch.int32)[0], "out": at(0, T, H)},
+        "out: overlaps num_valid in memory, need a buffer of its own",
     ),
     ({"pad": "mirror"}, "pad: got 'mirror', need one of keep, zero"),
     ({"pad": None}, "pad: got None, need one of keep, zero"),
