@@ -16,10 +16,11 @@ from moert.backends.registry import select_backend
 from moert.config import MoEConfig
 from moert.device import device_facts
 from moert.env import SORT_POLICIES, TUNE_MODES, Env, read_env
-from moert.errors import ConfigError, StateError, WeightsError
+from moert.errors import ConfigError, WeightsError
 from moert.host_executor import HostExecutor
 from moert.plan import PlanReport
 from moert.share import Options, ShareGroup
+from moert.streams import refuse_inside_capture
 from moert.tuning.tuner import plan_buckets
 from moert.weights import ExpertWeights
 
@@ -55,7 +56,9 @@ class Built:
         if self.group.device.type == "cuda":
             torch.cuda.synchronize(self.group.device)
         self.executor.close()
-        self.group.leave()
+        self.group.leave(self.executor)
+        # whoever made the weights may keep them; those read from a checkpoint are nobody else's
+        del self.weights, self.backend
 
 
 def resolve_config(model_cfg: Any) -> MoEConfig:
@@ -134,7 +137,7 @@ def _build(
     if share is not None and place != share.group.device:
         raise ConfigError(f"device={place}: the shared runtime is on {share.group.device}")
     facts = device_facts(place)
-    _refuse_inside_capture(place)
+    refuse_inside_capture(place, "MoERuntime")
     # whatever can be refused is, before a checkpoint is read
     if share is not None:
         kind, notes = type(share.backend), share.notes
@@ -175,17 +178,8 @@ def _assemble(
             executor = DeviceExecutor(group, backend)
         else:
             executor = HostExecutor(group, backend)
-        group.join()
+        group.join(executor)
     return Built(group, backend, weights, executor, notes)
-
-
-def _refuse_inside_capture(place: torch.device) -> None:
-    if place.type == "cuda":
-        with torch.cuda.device(place):
-            if torch.cuda.is_current_stream_capturing():
-                raise StateError(
-                    "MoERuntime: cannot be built while the current stream is capturing; build it before"
-                )
 
 
 def _sizes(options: Options) -> list[tuple[int, bool]]:

@@ -115,6 +115,11 @@ class DeviceExecutor:
             self._order.switch(raw)
         return self.group.rows_left(num_valid, start)
 
+    @property
+    def routing_bytes(self) -> int:
+        """Scratch of the routing step."""
+        return self._router.nbytes
+
     def capturing(self) -> bool:
         """Whether the current stream is being captured, by somebody else.
 
@@ -228,7 +233,7 @@ class DeviceExecutor:
                 graph.close()
         self._graphs, self._programs, self._foreign = [], [], []
         # every program keeps its arena alive
-        del self._unaligned, self._foreign_unaligned, self._router
+        del self._unaligned, self._foreign_unaligned, self._router, self.backend
 
 
 class _WarmUpRows:

@@ -57,6 +57,11 @@ class HostExecutor:
         """The live count of the rows from `start` on."""
         return self.group.rows_left(num_valid, start)
 
+    @property
+    def routing_bytes(self) -> int:
+        """Scratch of the routing step."""
+        return self._router.nbytes
+
     def capturing(self) -> bool:
         """There are no captures on a CPU."""
         return False

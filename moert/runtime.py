@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from moert.checks import check_forward, check_logits, check_num_valid, rows_of
 from moert.config import MoEConfig
 from moert.errors import ConfigError, InputError, StateError, WeightsError
 from moert.plan import PlanReport
+from moert.streams import refuse_inside_capture
 from moert.topk import TopK, as_topk
 from moert.weights import ExpertWeights
 
@@ -82,10 +85,12 @@ class MoERuntime:
         # bound once: a call looks up as little as it can
         self._lock, self._run = built.group.lock, built.executor.run
         self._capturing = built.executor.capturing
-        self.weights = built.weights
         self.device = built.group.device
         self._max_tokens = built.group.options.max_tokens
         self._counts = {"calls": 0, "chunks": 0, "routes": 0}
+        self._lacks_bias = (
+            self.cfg.routing.correction_bias and built.weights.correction_bias is None
+        )
         # calls leave the caller's current device alone; with one GPU there is nothing to switch
         self._switch_device = self.device.type == "cuda" and torch.cuda.device_count() > 1
         self._refusal = None
@@ -208,7 +213,7 @@ class MoERuntime:
             InputError: the argument does not fit.
         """
         self._usable("route")
-        if self.cfg.routing.correction_bias and self.weights.correction_bias is None:
+        if self._lacks_bias:
             raise WeightsError(
                 "correction_bias: missing, need [E] float32 because routing.correction_bias=True"
             )
@@ -238,16 +243,23 @@ class MoERuntime:
             self._counts["routes"] += 1
         return out
 
+    @property
+    def weights(self) -> ExpertWeights:
+        """The layer's tensors; a closed runtime has none."""
+        self._usable("weights")
+        return self._built.weights
+
     def plan(self) -> PlanReport:
         """What was chosen for every bucket, why, and from where."""
-        self._usable("plan")
-        return self._built.report()
+        with self._open("plan") as built:
+            return built.report()
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose: weights (this layer's), and what the share group holds together; total."""
-        self._usable("memory")
-        sizes = {"weights": self.weights.nbytes, **self._group.memory()}
-        return {**sizes, "total": sum(sizes.values())}
+        with self._open("memory") as built:
+            sizes = {"weights": built.weights.nbytes, **self._group.memory()}
+            sizes["routing"] = self._executor.routing_bytes
+            return {**sizes, "total": sum(sizes.values())}
 
     def stats(self) -> dict[str, int]:
         """Counts since construction: calls, replays, eager, captured, rebinds, chunks, routes."""
@@ -264,21 +276,29 @@ class MoERuntime:
 
         Raises:
             WeightsError: a name that these weights do not have, or another shape; nothing was changed.
+            StateError: closed, forked, or the current stream is capturing.
         """
-        self._usable("update_weights")
-        with self._group.lock:
+        with self._open("update_weights") as built:
+            refuse_inside_capture(self.device, "update_weights")
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.weights.copy_(tensors)
+            built.weights.copy_(tensors)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Free graphs at once, and with the last runtime of the share group the arena; idempotent."""
-        if self._refusal is None:
-            self._refusal = "the runtime is closed"
-            _LIVE.discard(self)
-            with self._group.lock:
+        """Free graphs at once, and with the last runtime of the share group the arena; idempotent.
+
+        Raises:
+            StateError: the current stream is capturing; nothing was freed.
+        """
+        if self._refusal is not None:
+            return
+        with self._lock:
+            if self._refusal is None:  # not closed by another thread meanwhile
+                refuse_inside_capture(self.device, "close")
+                self._refusal = "the runtime is closed"
+                _LIVE.discard(self)
                 self._built.close()
 
     def __enter__(self) -> MoERuntime:
@@ -286,6 +306,14 @@ class MoERuntime:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def _open(self, what: str) -> Iterator[Built]:
+        """The built layer, which nobody closes meanwhile."""
+        self._usable(what)  # first: in a forked child the lock may never be free
+        with self._lock:
+            self._usable(what)
+            yield self._built
 
     def _usable(self, what: str) -> None:
         if self._refusal is not None:

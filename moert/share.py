@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ class ShareGroup:
         self.lock = threading.RLock()
         self.kernel_cache: dict[Any, Any] = {}
         self.plans: tuple[Plan, ...] = ()
-        self.members = 0
+        # those that are merely dropped count no more
+        self.members: weakref.WeakSet[object] = weakref.WeakSet()
         self.graph_bytes = 0
         self.notes: list[str] = []
         self.joins_captures = device.type == "cuda" and options.graphs != "off"
@@ -96,12 +98,13 @@ class ShareGroup:
             "graphs": self.graph_bytes,
         }
 
-    def join(self) -> None:
-        self.members += 1
+    def join(self, executor: object) -> None:
+        """A layer that shares is there as long as its executor is."""
+        self.members.add(executor)
 
-    def leave(self) -> None:
+    def leave(self, executor: object) -> None:
         """The last member frees everything."""
-        self.members -= 1
+        self.members.discard(executor)
         if self.members:
             return
         if self.device.type == "cuda":

@@ -10,6 +10,21 @@ from __future__ import annotations
 
 import torch
 
+from moert.errors import StateError
+
+
+def refuse_inside_capture(device: torch.device, what: str) -> None:
+    """For what allocates or waits: either would break a capture under way on the device's current stream.
+
+    Raises:
+        StateError: there is one.
+    """
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise StateError(f"{what}: not possible while the current stream is capturing")
+
 
 class StreamOrder:
     """Orders successive calls on one device; the caller holds the group's lock."""

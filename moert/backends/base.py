@@ -102,7 +102,9 @@ class Backend(ABC):
 
 
 class Router(ABC):
-    """Logits to ids and weights in preallocated buffers."""
+    """Logits to ids and weights in preallocated buffers; `nbytes` of scratch serve all that share."""
+
+    nbytes: int = 0
 
     @abstractmethod
     def run(

@@ -91,6 +91,7 @@ class HostRouter(Router):
 
     def __init__(self, route: TorchRouter, correction_bias: torch.Tensor | None) -> None:
         self._route, self._bias = route, correction_bias
+        self.nbytes = route.nbytes
 
     def run(
         self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, stream: int

@@ -34,6 +34,7 @@ class TorchRouter:
         # whatever the caller's default device is; dtypes are named for the same reason
         with torch.device("cpu"):
             self._allocate(max_tokens, experts, k)
+        self.nbytes = _nbytes(self)
 
     def _allocate(self, max_tokens: int, experts: int, k: int) -> None:
         rule, f32 = self.rule, torch.float32
@@ -140,6 +141,15 @@ class TorchRouter:
                 torch.sum(weights, dim=1, keepdim=True, out=total)
                 torch.div(weights, torch.add(total, self.epsilon, out=total), out=weights)
         torch.mul(weights, self.scale, out=weights)
+
+
+def _nbytes(owner: object) -> int:
+    """Of the storages behind all tensors of an object and of its rankers."""
+    found: dict[int, int] = {}
+    owners = [owner, *(v for v in vars(owner).values() if isinstance(v, _Ranker))]
+    for tensor in (t for o in owners for t in vars(o).values() if isinstance(t, torch.Tensor)):
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
 
 
 class _Ranker:
