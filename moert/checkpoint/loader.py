@@ -85,6 +85,8 @@ def load_layer(
 
 
 def _block_of(files: TensorFiles, located: Located, layer: int) -> str:
+    if type(layer) is not int:
+        raise WeightsError(f"layer={layer!r}: need the number of a layer of {files.path}")
     if layer in located.blocks:
         return located.blocks[layer]
     have = _ranges(list(located.blocks)) or "none"
