@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
+from runtime_cases import CFG, make_case, make_runtime
 
 from moert.env import VARIABLES, Env, read_env
 from moert.errors import ConfigError
@@ -77,3 +82,28 @@ def test_every_variable_fills_one_field_and_is_in_the_readme() -> None:
         assert f"`{variable.name}`" in readme, f"{variable.name} is not described"
         assert variable.help
         assert "\n" not in variable.help
+
+
+def test_a_call_reads_no_environment_and_writes_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the files of all Python functions that run meanwhile."""
+    rt = make_runtime("torch")
+    case, logits = make_case(CFG, 3), torch.zeros(3, CFG.num_experts)
+    live = torch.ones((), dtype=torch.int32)
+    seen: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            seen.add(frame.f_code.co_filename)
+
+    monkeypatch.setenv("MOERT_SORT_POLICY", "not a policy")
+    sys.setprofile(note)
+    try:
+        case.call(rt)
+        case.call(rt, num_valid=live)
+        rt.forward(case.x, case.topk)
+        rt.route(logits)
+    finally:
+        sys.setprofile(None)
+    here = {sys.modules["runtime_cases"].__file__, "<string>"}  # the latter: of named tuples
+    assert {name for name in seen - here if not {"moert", "torch"} & set(Path(name).parts)} == set()
+    assert not [name for name in seen if name.endswith("moert/env.py")]
