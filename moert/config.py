@@ -180,7 +180,7 @@ class MoEConfig:
 
     @classmethod
     def from_hf(cls, hf_config: Any) -> MoEConfig:
-        """Build from a Hugging Face config object or its dict, any family in README's table."""
+        """Build from a Hugging Face config object or its dict, any family of `moert.checkpoint.families`."""
         from moert.checkpoint.hf_config import config_from_hf
 
         return config_from_hf(hf_config)

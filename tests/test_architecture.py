@@ -226,6 +226,17 @@ def test_only_env_reads_the_environment() -> None:
     assert found == []
 
 
+def test_no_kernel_waits_for_another_or_adds_in_any_order() -> None:
+    """Both take atomics: without them no launch can deadlock, and every sum has a fixed order."""
+    found = [
+        f"moert.{module}:{node.lineno}"
+        for module, path in MODULES.items()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("atomic_")
+    ]
+    assert found == []
+
+
 def test_every_module_has_a_docstring() -> None:
     files = [path for path in source_files() if path.suffix == ".py"]
     bare = [path for path in files if parsed(path).body and not ast.get_docstring(parsed(path))]

@@ -41,5 +41,14 @@ def test_requirements() -> None:
     assert "aiter" not in names
 
 
+def test_extras() -> None:
+    extras = set(installed().metadata.get_all("Provides-Extra") or [])
+    assert extras == {"rocm", "hf", "bench", "plot", "test", "dev"}
+    required = [line for line in installed().requires or [] if "extra ==" in line]
+    for extra, name in (("rocm", "amd-aiter"), ("hf", "transformers"), ("plot", "matplotlib")):
+        names = [line for line in required if f'"{extra}"' in line.replace("'", '"')]
+        assert [re.split(r"[\s<>=;\[]", line)[0] for line in names] == [name]
+
+
 def test_typed() -> None:
     assert (ROOT / "moert" / "py.typed").is_file()
