@@ -1,0 +1,154 @@
+"""The README: its figures are the committed ones, its commands and names exist, its code runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from code_size import ROOT
+
+import moert
+from moert.integrations.transformers import Prepared
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# (needs a GPU, code)
+BLOCKS = [
+    (bool(mark), code)
+    for mark, code in re.findall(r"(<!-- needs a GPU -->\n)?```python\n(.*?)```", README, re.DOTALL)
+]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    path = ROOT / "scripts" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_are_the_committed_ones() -> None:
+    command = [sys.executable, "scripts/readme_tables.py", "--check"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_check_notices_another_figure(tables: ModuleType) -> None:
+    marker = "<!-- table:nvidia-h200/layers -->\n"
+    assert marker in README
+    spoiled = README.replace(marker, marker + "9.9 (0.10)\n")
+    assert tables.rewritten(spoiled) == README != spoiled
+
+
+def test_every_result_is_shown(tables: ModuleType) -> None:
+    """Each marker names a part, and each device with results has all of its parts in the README."""
+    marked = {(device, part) for _, device, part, _ in tables.MARKED.findall(README)}
+    assert {part for _, part in marked} == {*tables.PARTS}
+    for path in (ROOT / "bench" / "results" / "nvidia-h200").glob("layer-*.json"):
+        assert f"**{json.loads(path.read_text())['dtype']}**" in README
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        # equal ratios on both sides: the geometric mean
+        ({"64": (1.0, 2.0), "256": (4.0, 2.0)}, (128.0, 2.0)),
+        ({"1": (1.0, 4.0), "2": (2.0, 4.0)}, None),  # one-shot wins everywhere
+        ({"1": (5.0, 4.0), "2": (9.0, 4.0)}, None),  # nowhere
+        ({"1": (1.0, 4.0), "2": (4.0, 4.0), "4": (None, 4.0)}, (2.0, 4.0)),  # not feasible at 4
+    ],
+    ids=["between", "never", "before", "infeasible"],
+)
+def test_crossover(
+    tables: ModuleType, cells: dict[str, tuple[float | None, float]], expected: object
+) -> None:
+    times = {
+        t: {n: us for n, us in zip(("one_shot", "multi_phase"), row, strict=True) if us is not None}
+        for t, row in cells.items()
+    }
+    found = tables.crossover(times)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_paths_exist() -> None:
+    found = set(re.findall(r"(?<![\w/.-])((?:scripts|bench|tests|moert)/[\w./-]+)", README))
+    missing = [path for path in found if not (ROOT / path.rstrip("./")).exists()]
+    assert len(found) > 10
+    assert missing == []
+
+
+def test_options_of_commands_exist() -> None:
+    """An option that the README gives to a Python script, or names beside it, is in that script."""
+    lines = re.findall(r"^python (\S+\.py)(.*)$", README, re.MULTILINE)
+    assert len(lines) >= 4
+    for script, rest in lines:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"--[a-z]\w*", rest):
+            assert f'"{option}"' in source, f"{script} has no {option}"
+
+
+def test_links_within_the_page_lead_somewhere() -> None:
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    for link in links:
+        there = link[1:] in anchors if link.startswith("#") else (ROOT / link).exists()
+        assert there, link
+
+
+@pytest.mark.parametrize("name", moert.__all__)
+def test_public_name_is_mentioned(name: str) -> None:
+    assert re.search(rf"\b{name}\b", README)
+
+
+def test_known_families_are_listed() -> None:
+    from moert.checkpoint.families import FAMILIES
+
+    paragraph = re.search(r"Known values of `model_type`:(.*?)\n\n", README, re.DOTALL)
+    assert paragraph is not None
+    assert re.findall(r"`(\w+)`", paragraph[1]) == sorted(FAMILIES)
+
+
+def test_the_machine_limits_are_those_of_the_benchmark() -> None:
+    source = (ROOT / "bench" / "layer_chain.py").read_text(encoding="utf-8")
+    for constant, text in (("4.58e12", "4.58 TB/s"), ("788e12", "788 TFLOP/s")):
+        assert constant in source and text in README
+
+
+@pytest.mark.parametrize("code", [code for _, code in BLOCKS])
+def test_code_parses(code: str) -> None:
+    ast.parse(code)
+
+
+def test_code_runs(
+    tiny_checkpoint: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks in order, as somebody who types them in; path/to/model is a tiny checkpoint."""
+    model = tmp_path / "path" / "to" / "model"
+    model.parent.mkdir(parents=True)
+    model.symlink_to(tiny_checkpoint("mixtral", "bfloat16"), target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOERT_TUNE", "off")
+    names: dict[str, object] = {}
+    for needs_gpu, code in BLOCKS:
+        if not needs_gpu or torch.cuda.is_available():
+            exec(compile(code, "README.md", "exec"), names)
+    tokens = names["tokens"]
+    assert isinstance(tokens, torch.Tensor)
+    assert tokens.shape == (1, 12)
+    for value in names.values():
+        if isinstance(value, (moert.MoERuntime, Prepared)):
+            value.close()
