@@ -52,3 +52,5 @@ class StreamOrder:
         """After a call on an external stream: mark its end while the stream is known to be alive."""
         assert self._last is not None
         self._event.record(self._last)
+        # the next stream waits for that whatever its handle: a new one may have that of a destroyed one
+        self.last_raw = None
