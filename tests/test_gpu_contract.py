@@ -231,6 +231,9 @@ def test_a_capture_refuses_what_it_cannot_hold(real: MoERuntime, odd: MoERuntime
             off.forward(small.x, small.topk, small.out)
         with pytest.raises(StateError, match="while the current stream is capturing"):
             MoERuntime(ODD, odd.weights, tune="off")
+        for name, use in (("close", odd.close), ("update_weights", odd.update_weights)):
+            with pytest.raises(StateError, match=f"{name}: not possible while the current stream"):
+                use()
 
 
 def test_two_runtimes_two_streams_interleaved(real: MoERuntime) -> None:
