@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,11 @@ class Built:
 
     def report(self) -> PlanReport:
         group = self.group
-        graphs = group.options.graphs if self.backend.uses_graphs else "off"
         return PlanReport(
             self.backend.name,
             self.backend.same_bits,
-            graphs,
-            (*self.notes, *group.notes),
+            group.options.graphs,
+            (*self.notes, *self.backend.notes, *group.notes),
             group.plans,
         )
 
@@ -146,6 +145,8 @@ def _build(
     else:
         kind, notes = select_backend(_wish(wishes.pop("backend"), env.backend, "auto"), cfg, facts)
         options = _options(env, place, **wishes)
+        if options.graphs == "own" and not kind.uses_graphs:
+            options = replace(options, graphs="host")
         weights = _weights(cfg, weights, layer, place)
         group = ShareGroup(cfg, place, facts, options)
     device_of = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()

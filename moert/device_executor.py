@@ -91,13 +91,15 @@ class DeviceExecutor:
             if not key[4][0]:
                 return
             self._call.set(key, x, topk, out, num_valid)
-            self._call.release()  # launches take addresses; the caller's tensors are not kept alive
-            if capturing:
-                self._join_capture(raw, slot)
-                return
-            if graph is None or not self._call.aligned:
-                self._run_eager(raw, self._programs[slot])
-                return
+            try:
+                if capturing:
+                    self._join_capture(raw, slot)
+                    return
+                if graph is None or not self._call.aligned:
+                    self._run_eager(raw, self._programs[slot])
+                    return
+            finally:
+                self._call.release()  # whatever is enqueued has addresses: no tensor is kept alive
             graph.update()
             graph.key = key
             self.counts["rebinds"] += 1
@@ -180,6 +182,7 @@ class DeviceExecutor:
                 if program is not None:
                     self._set(*rows.first(limit))
                     program.run(self._call, stream.cuda_stream)
+        self._call.release()
         stream.synchronize()
 
     def _capture(self) -> None:
@@ -221,11 +224,11 @@ class DeviceExecutor:
                 graph.launch(stream.cuda_stream)
                 if not torch.equal(second[2], expected):
                     raise StateError("a replay with updated nodes differs from an eager launch")
+        self._call.release()
         return graph
 
     def _set(self, x: torch.Tensor, topk: TopK, out: torch.Tensor) -> None:
         self._call.set(call_key(x, topk, out, None, "keep"), x, topk, out, None)
-        self._call.release()
 
     def close(self) -> None:
         for graph in self._graphs:

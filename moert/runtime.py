@@ -255,9 +255,11 @@ class MoERuntime:
             return built.report()
 
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose: weights (this layer's), and what the share group holds together; total."""
+        """Bytes by purpose: weights (this layer's, a second copy that its backend needs too), and what the
+        share group holds together; total."""
         with self._open("memory") as built:
-            sizes = {"weights": built.weights.nbytes, **self._group.memory()}
+            weights = built.weights.nbytes + built.backend.packed_bytes
+            sizes = {"weights": weights, **self._group.memory()}
             sizes["routing"] = self._executor.routing_bytes
             return {**sizes, "total": sum(sizes.values())}
 
@@ -283,6 +285,7 @@ class MoERuntime:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             built.weights.copy_(tensors)
+            built.backend.weights_changed()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 

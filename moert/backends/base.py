@@ -35,7 +35,8 @@ class Backend(ABC):
     Class attributes:
         name: as in `MoERuntime(backend=...)`.
         same_bits: sums have a fixed order.
-        uses_graphs: its programs can be captured.
+        uses_graphs: the runtime can capture its programs and replay them on other tensors. Without, calls
+            are launched one by one, and may still join somebody else's capture.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,20 @@ class Backend(ABC):
         self.cfg = cfg
         self.weights = weights
         self.facts = facts
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of its plans should know."""
+        return ()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Device memory of weights that it keeps in an order of its own, beside the caller's."""
+        return 0
+
+    def weights_changed(self) -> None:
+        """The weights were written in place: renew what was made of them, at the same addresses."""
+        return
 
     @staticmethod
     @abstractmethod

@@ -16,13 +16,25 @@ def backend_class(name: str) -> type[Backend] | str:
         from moert.backends.torch import TorchBackend
 
         return TorchBackend
-    if name == "triton":
-        try:
-            from moert.backends.triton import TritonBackend
-        except ImportError as error:
-            return f"triton cannot be imported: {error}"
-        return TritonBackend
-    return "not part of this version"
+    try:
+        if name == "aiter":
+            # its operators are looked for by `supports`; some kernels of ours run beside them
+            from moert.backends.aiter import AiterBackend
+
+            return AiterBackend
+        from moert.backends.triton import TritonBackend
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return TritonBackend
+
+
+def why_not(cfg: MoEConfig, facts: DeviceFacts) -> dict[str, str | None]:
+    """Every backend with None, or the reason why it cannot serve the configuration on the device."""
+    return {name: _reason(backend_class(name), cfg, facts) for name in NAMES}
+
+
+def _reason(found: type[Backend] | str, cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+    return found if isinstance(found, str) else found.supports(cfg, facts)
 
 
 def select_backend(
@@ -41,7 +53,7 @@ def select_backend(
     order = ("torch",) if facts.kind == "cpu" else NAMES
     for candidate in order if name == "auto" else (name,):
         found = backend_class(candidate)
-        reason = found if isinstance(found, str) else found.supports(cfg, facts)
+        reason = _reason(found, cfg, facts)
         if reason is None and not isinstance(found, str):
             return found, tuple(reasons)
         reasons.append(f"backend {candidate}: {reason}")

@@ -98,6 +98,20 @@ class TritonBackend(Backend):
         kernel_cache: dict[Any, Any] | None = None,
     ) -> Program:
         launches = self.launches(tokens, choice, views)
+        return self.bind(launches, aligned=aligned, kernel_cache=kernel_cache)
+
+    def direct_choice(self) -> Choice:
+        """A choice that computes any number of tokens and needs the arena field "h" alone."""
+        return triton_tiles.direct_choice(self.cfg, self.facts)
+
+    def bind(
+        self,
+        launches: list[Launch],
+        *,
+        aligned: bool = True,
+        kernel_cache: dict[Any, Any] | None = None,
+    ) -> Program:
+        """The launches as a program; arguments as for `program`."""
         if self.facts.kind == "cpu":
             return InterpretedProgram(launches)
         cache = {} if kernel_cache is None else kernel_cache

@@ -28,9 +28,7 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     if tokens <= 4 and rows <= 64:
         # dependent launch of the direct pair lost on an H200 (30.1 us for 26.0 at T=1, E=32, K=8, H=2048,
         # I=768): the down programs take registers and cache from gate/up programs still at work
-        sizes = cfg.hidden_size, cfg.intermediate_size
-        up, down = (_default_direct(size, facts) for size in sizes)
-        return Choice("none", up, down)
+        return direct_choice(cfg, facts)
     mean = rows / cfg.num_experts
     bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
@@ -39,6 +37,12 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
         if _fits(tile, cfg, facts):
             return Choice(strategy, tile, tile, dependent)
     return Choice(strategy, Tile(16, 16, 32, 4, 1), Tile(16, 16, 32, 4, 1), dependent)
+
+
+def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:
+    """The direct pair with default tiles: right for any number of tokens, fast for few."""
+    up, down = (_default_direct(size, facts) for size in (cfg.hidden_size, cfg.intermediate_size))
+    return Choice("none", up, down)
 
 
 def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int]]:

@@ -99,7 +99,7 @@ def plan_buckets(
         StateError: the current stream is capturing, or rank 0 failed.
     """
     if probes is None:
-        if backend.facts.kind == "cpu":
+        if backend.weights.device.type == "cpu":
             return tuple(
                 backend.plan(*size, allowed_candidates(backend, size[0], policy)[0])
                 for size in sizes
