@@ -212,6 +212,16 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(p.suffix for p in store.path.parent.iterdir()) == [".json", ".lock"]
 
 
+def test_who_reads_while_another_writes_sees_one_whole_file(tmp_path: Path) -> None:
+    """The file is replaced, never rewritten: what a reader has open stays what it was."""
+    store = fake_store(tmp_path)
+    store.add(1, 0, fake_record())
+    before = store.path.read_text()
+    with store.path.open() as reader:
+        store.add(2, 0, fake_record())
+        assert reader.read() == before != store.path.read_text()
+
+
 def write_many(folder: Path, first: int) -> None:
     store = fake_store(folder)
     for tokens in range(first, first + 25):
