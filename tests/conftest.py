@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from aiter_stand_in import StandIn
 from code_size import pytest_terminal_summary as pytest_terminal_summary
+
+from moert.device import KNOWN_DEVICES
 
 if not torch.cuda.is_available():
     # read by triton when a kernel is decorated, so it must be there before any kernel module is
@@ -67,3 +70,10 @@ def tiny_checkpoint(
         return saved[family, dtype]
 
     return get
+
+
+@pytest.fixture
+def aiter(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """AITER is installed, and the CPU passes for a device that it serves."""
+    monkeypatch.setattr("moert.build.device_facts", lambda place: KNOWN_DEVICES["gfx942"])
+    return StandIn().install(monkeypatch)
