@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -276,6 +277,23 @@ def test_check_of_a_row_outside_the_sample() -> None:
     found = [check.fault(lambda c, p=p: p.run(c, 0), call, arena) for p in programs]  # type: ignore[misc]
     assert found[0] is None
     assert "against a checked candidate" in str(found[1])
+
+
+def test_check_of_ids_that_nobody_has() -> None:
+    """A candidate that gives -1 to expert 0 and E to the last one is wrong."""
+    backend = FakeBackend()
+    check, call = Check(CFG, backend.weights, 33), new_call(CFG, torch.device("cpu"))
+    arena = Arena(torch.device("cpu"), 4096)
+
+    def clamped(y: torch.Tensor, call: Any, *_: object) -> torch.Tensor:
+        weights, ids = (tensor[: y.shape[0]] for tensor in call.topk)
+        topk = TopK(weights, ids.clamp(0, CFG.num_experts - 1))
+        return experts_reference(call.x[: y.shape[0]], topk, backend.weights, CFG)
+
+    backend.spoil[DEFAULT] = clamped
+    program = backend.program(33, DEFAULT, arena.views(backend.fields(33, DEFAULT)))
+    fault = check.fault(lambda c: program.run(c, 0), call, arena)
+    assert str(fault).startswith("relative error")
 
 
 def test_check_of_unfilled_weights() -> None:
