@@ -144,7 +144,7 @@ def _build(
         group = share.group
     else:
         kind, notes = select_backend(_wish(wishes.pop("backend"), env.backend, "auto"), cfg, facts)
-        options = _options(env, place, **wishes)
+        options = plan_options(env, place, **wishes)
         if options.graphs == "own" and not kind.uses_graphs:
             options = replace(options, graphs="host")
         weights = _weights(cfg, weights, layer, place)
@@ -165,7 +165,7 @@ def _assemble(
         if not group.plans:
             group.plans = plan_buckets(
                 backend,
-                _sizes(group.options),
+                plan_sizes(group.options),
                 policy=group.options.sort_policy,
                 mode=group.options.tune,
                 tuning_dir=env.tuning_dir,
@@ -183,7 +183,7 @@ def _assemble(
     return Built(group, backend, weights, executor, notes)
 
 
-def _sizes(options: Options) -> list[tuple[int, bool]]:
+def plan_sizes(options: Options) -> list[tuple[int, bool]]:
     """(tokens, captured) of every plan: the buckets, then eager sizes doubling up to max_tokens."""
     sizes = [(bucket, options.graphs == "own") for bucket in options.buckets]
     tokens = options.buckets[-1]
@@ -193,7 +193,7 @@ def _sizes(options: Options) -> list[tuple[int, bool]]:
     return sizes
 
 
-def _options(
+def plan_options(
     env: Env,
     device: torch.device,
     *,

@@ -6,9 +6,10 @@ the variable of the same name.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -117,6 +118,13 @@ VARIABLES: Final = (
 )
 
 
+def given_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The texts of the variables that are set, by name; `environ` as for `read_env`."""
+    source = os.environ if environ is None else environ
+    texts = {variable.name: source.get(variable.name, "").strip() for variable in VARIABLES}
+    return {name: text for name, text in texts.items() if text}
+
+
 def read_env(environ: Mapping[str, str] | None = None) -> Env:
     """The environment's wishes, checked.
 
@@ -126,14 +134,24 @@ def read_env(environ: Mapping[str, str] | None = None) -> Env:
     Raises:
         ConfigError: the variable, its value and the values it may have.
     """
-    source = os.environ if environ is None else environ
+    given = given_variables(environ)
     found: dict[str, object] = {}
     for variable in VARIABLES:
-        text = source.get(variable.name, "").strip()
-        if not text:
+        text = given.get(variable.name)
+        if text is None:
             continue
         try:
             found[variable.field] = variable.parse(text)
         except ValueError as error:
             raise ConfigError(f"{variable.name}={text!r}: need {error}") from None
     return Env(**found)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def without(*names: str) -> Iterator[None]:
+    """For processes started meanwhile: the environment without these variables."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

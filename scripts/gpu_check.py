@@ -27,6 +27,8 @@ import triton  # noqa: E402
 from moert.config import MoEConfig  # noqa: E402
 from moert.device import device_facts  # noqa: E402
 
+Part = Callable[[dict[str, Any]], bool]  # fills in what is reported, tells whether all was well
+
 QWEN3_30B = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
 
 
@@ -174,13 +176,34 @@ def start_up_child() -> None:
     )
 
 
-PARTS: dict[str, Callable[[dict[str, Any]], bool]] = {
+PARTS: dict[str, Part] = {
     "contract tests": contract_tests,
     "memory checker": memory_checker,
     "host cost": host_cost,
     "chained replays": chained_replays,
     "start-up": start_up,
 }
+
+
+def run_parts(parts: dict[str, Part], only: list[str] | None = None) -> dict[str, Any]:
+    """Run each part, or those asked for; a line is printed as one ends, an exception fails it."""
+    found: dict[str, Any] = {}
+    for name, check in parts.items():
+        if only and name not in only:
+            continue
+        part: dict[str, Any] = {}
+        start = time.perf_counter()
+        try:
+            passed = check(part)
+        except Exception as error:
+            passed, part["error"] = False, f"{type(error).__name__}: {error}"
+        found[name] = {"passed": passed, **part}
+        seconds = time.perf_counter() - start
+        print(
+            f"{'PASS' if passed else 'FAIL'}  {name}  ({seconds:.0f} s)  {json.dumps(part)}",
+            flush=True,
+        )
+    return found
 
 
 def main() -> int:
@@ -196,23 +219,8 @@ def main() -> int:
     report: dict[str, Any] = {
         "device": facts.name,
         "made_with": {"torch": torch.__version__, "triton": triton.__version__},
-        "parts": {},
+        "parts": run_parts(PARTS, args.only),
     }
-    for name, check in PARTS.items():
-        if args.only and name not in args.only:
-            continue
-        part: dict[str, Any] = {}
-        start = time.perf_counter()
-        try:
-            passed = check(part)
-        except Exception as error:
-            passed, part["error"] = False, f"{type(error).__name__}: {error}"
-        report["parts"][name] = {"passed": passed, **part}
-        seconds = time.perf_counter() - start
-        print(
-            f"{'PASS' if passed else 'FAIL'}  {name}  ({seconds:.0f} s)  {json.dumps(part)}",
-            flush=True,
-        )
     out = args.out or ROOT / "bench" / "results" / facts.slug
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")

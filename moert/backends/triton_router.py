@@ -15,6 +15,7 @@ from moert.steps.routing.triton import route_triton, routing_fwd_kernel, routing
 from moert.topk import TopK
 
 _LOGITS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+LOGITS_DTYPES = tuple(_LOGITS)
 _TYPES = {
     "correction_bias_ptr": "*fp32",
     "routed_weights_ptr": "*fp32",
@@ -23,6 +24,18 @@ _TYPES = {
     "num_tokens": "i32",
     "logits_stride": "i64",
 }
+
+
+def routing_source(
+    dtype: torch.dtype, constants: dict[str, Any], correction_bias: bool
+) -> ASTSource:
+    """What is compiled for logits of one dtype: the constants of `routing_launch`, no attributes."""
+    if not correction_bias:
+        constants = {**constants, "correction_bias_ptr": None}
+    types = {**_TYPES, "logits_ptr": _LOGITS[dtype]}
+    names = routing_fwd_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    return ASTSource(routing_fwd_kernel, signature, constants, {})
 
 
 class TritonRouter(Router):
@@ -62,13 +75,7 @@ class TritonRouter(Router):
     ) -> Any:
         key = ("router", dtype, tuple(constants.items()), self.bias is None, num_warps)
         if key not in cache:
-            types = {**_TYPES, "logits_ptr": _LOGITS[dtype]}
-            signature, names = {}, routing_fwd_kernel.arg_names
-            if self.bias is None:
-                constants = {**constants, "correction_bias_ptr": None}
-            for name in names:
-                signature[name] = "constexpr" if name in constants else types[name]
-            source = ASTSource(routing_fwd_kernel, signature, constants, {})
+            source = routing_source(dtype, constants, self.bias is not None)
             cache[key] = triton.compile(source, options={"num_warps": num_warps})
             cache[key].run  # noqa: B018  loads the binary now, so that no call does
         return cache[key]

@@ -54,18 +54,30 @@ class TensorFiles:
         """The shape in the file's header; reads no data."""
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The dtype in the file's header, as "BF16"."""
+        return str(self._slice(name).get_dtype())
+
+    def check_dtype(self, name: str) -> None:
+        """Refuse a tensor that `read` cannot read; reads no data.
+
+        Raises:
+            UnsupportedError: the tensor is of a quantised or integer dtype.
+        """
+        if self.dtype(name) not in _READABLE:
+            raise UnsupportedError(
+                f"{name}: stored as {self.dtype(name)}, a quantised or integer format; "
+                f"what can be loaded: {LOADABLE}"
+            )
+
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor on the CPU, or `tensor[index]` read alone.
 
         Raises:
             UnsupportedError: the tensor is of a quantised or integer dtype.
         """
+        self.check_dtype(name)
         part = self._slice(name)
-        if part.get_dtype() not in _READABLE:
-            raise UnsupportedError(
-                f"{name}: stored as {part.get_dtype()}, a quantised or integer format; "
-                f"what can be loaded: {LOADABLE}"
-            )
         # safetensors makes tensors on the caller's default device
         with torch.device("cpu"):
             tensor = part[:] if index is None else part[index : index + 1][0]

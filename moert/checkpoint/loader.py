@@ -84,14 +84,27 @@ def load_layer(
         return _Reader(files, block, located.names, cfg, torch.device(device)).all()
 
 
+def layer_problems(files: TensorFiles, block: str, names: Names, cfg: MoEConfig) -> list[str]:
+    """Everything that keeps one layer from being loaded, read from the files' headers alone.
+
+    Args:
+        block, names: as `locate` gives them.
+    """
+    if block + HASH_TABLE in files:
+        return [f"{block}{HASH_TABLE}: experts are looked up by token id, not chosen by a score"]
+    reader = _Reader(files, block, names, cfg, torch.device("meta"), problems=[])
+    reader.check()
+    return list(dict.fromkeys(reader.problems or ()))
+
+
 def _block_of(files: TensorFiles, located: Located, layer: int) -> str:
     if type(layer) is not int:
         raise WeightsError(f"layer={layer!r}: need the number of a layer of {files.path}")
     if layer in located.blocks:
         return located.blocks[layer]
-    have = _ranges(list(located.blocks)) or "none"
+    have = ranges(list(located.blocks)) or "none"
     if layer not in located.layers:
-        held = _ranges(list(located.layers)) or "none"
+        held = ranges(list(located.layers)) or "none"
         raise WeightsError(
             f"layer={layer}: the checkpoint {files.path} holds layers {held}; with experts: {have}"
         )
@@ -100,7 +113,7 @@ def _block_of(files: TensorFiles, located: Located, layer: int) -> str:
     )
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """Ascending numbers as "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -112,18 +125,42 @@ def _ranges(numbers: list[int]) -> str:
 
 
 class _Reader:
-    """One layer's tensors: names checked, shapes checked, then copied."""
+    """One layer's tensors: names checked, shapes checked, then copied.
+
+    Args:
+        problems: collects what is wrong; None raises the first.
+    """
 
     def __init__(
-        self, files: TensorFiles, block: str, names: Names, cfg: MoEConfig, device: torch.device
+        self,
+        files: TensorFiles,
+        block: str,
+        names: Names,
+        cfg: MoEConfig,
+        device: torch.device,
+        problems: list[str] | None = None,
     ) -> None:
         self.files, self.block, self.names, self.cfg, self.device = files, block, names, cfg, device
+        self.problems = problems
+
+    @property
+    def is_fused(self) -> bool:
+        return self.block + FUSED_W13 in self.files or self.block + FUSED_W2 in self.files
+
+    def check(self) -> None:
+        """All names, shapes and dtypes; reads no data."""
+        self._small()
+        if self.is_fused:
+            self._check_fused()
+        else:
+            self._check_separate()
+        if self.cfg.bias:
+            self._check_biases()
 
     def all(self) -> dict[str, torch.Tensor]:
         cfg = self.cfg
-        fused = self.block + FUSED_W13 in self.files or self.block + FUSED_W2 in self.files
         small = self._small()
-        loaded = self._fused() if fused else self._separate()
+        loaded = self._fused() if self.is_fused else self._separate()
         if cfg.bias:
             loaded |= self._biases()
         for key, name in small.items():
@@ -134,8 +171,7 @@ class _Reader:
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.cfg.torch_dtype, device=self.device)
 
-    def _separate(self) -> dict[str, torch.Tensor]:
-        """`experts.<e>.<gate|up|down>`: 3E tensors, all checked before the first is read."""
+    def _check_separate(self) -> None:
         cfg, names = self.cfg, self.names
         experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
         shapes = {
@@ -147,9 +183,15 @@ class _Reader:
             for leaf, shape in shapes.items():
                 self._check(self._expert(e, leaf), shape)
         if self._expert(experts, names.down) in self.files:
-            raise WeightsError(
+            self._fail(
                 f"{self._expert(experts, names.down)}: exists, but num_experts={experts} was expected"
             )
+
+    def _separate(self) -> dict[str, torch.Tensor]:
+        """`experts.<e>.<gate|up|down>`: 3E tensors, all checked before the first is read."""
+        self._check_separate()
+        cfg, names = self.cfg, self.names
+        experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
         w13, w2 = self._empty(experts, 2 * inner, hidden), self._empty(experts, hidden, inner)
         for e in range(experts):
             w13[e, :inner].copy_(self.files.read(self._expert(e, names.gate)))
@@ -157,9 +199,9 @@ class _Reader:
             w2[e].copy_(self.files.read(self._expert(e, names.down)))
         return {"w13": w13, "w2": w2}
 
-    def _fused(self) -> dict[str, torch.Tensor]:
-        """`experts.gate_up_proj` and `experts.down_proj`: as linear layers keep them, or transposed."""
-        cfg, names = self.cfg, self.names
+    def _check_fused(self) -> bool:
+        """Whether both tensors are transposed."""
+        cfg = self.cfg
         experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
         w13_name, w2_name = self.block + FUSED_W13, self.block + FUSED_W2
         straight: dict[str, Shape] = {
@@ -167,18 +209,25 @@ class _Reader:
             w2_name: (experts, hidden, inner),
         }
         turned = {name: (shape[0], shape[2], shape[1]) for name, shape in straight.items()}
+        checked = [self._check(name, shape, turned[name]) for name, shape in straight.items()]
+        if not all(checked):
+            return False
         given = {name: self._shape(name) for name in straight}
         # 2I = H and H = I cannot both hold, so the two shapes together always tell the orientation
-        if given != turned:
-            for name, shape in straight.items():
-                self._check(name, shape, turned[name])
         if given not in (straight, turned):
-            raise WeightsError(
+            self._fail(
                 f"{w13_name} {list(given[w13_name])} and {w2_name} {list(given[w2_name])}: one is "
                 "transposed and the other is not"
             )
-        transposed = given == turned
-        w13, w2 = self._empty(*straight[w13_name]), self._empty(*straight[w2_name])
+        return given == turned
+
+    def _fused(self) -> dict[str, torch.Tensor]:
+        """`experts.gate_up_proj` and `experts.down_proj`: as linear layers keep them, or transposed."""
+        transposed = self._check_fused()
+        cfg, names = self.cfg, self.names
+        experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
+        w13_name, w2_name = self.block + FUSED_W13, self.block + FUSED_W2
+        w13, w2 = self._empty(experts, 2 * inner, hidden), self._empty(experts, hidden, inner)
         for e in range(experts):
             for name, target in ((w13_name, w13), (w2_name, w2)):
                 rows = self.files.read(name, e)
@@ -190,11 +239,15 @@ class _Reader:
                     target[e].copy_(rows)
         return {"w13": w13, "w2": w2}
 
+    def _check_biases(self) -> None:
+        cfg = self.cfg
+        self._check(self.block + FUSED_B13, (cfg.num_experts, 2 * cfg.intermediate_size))
+        self._check(self.block + FUSED_B2, (cfg.num_experts, cfg.hidden_size))
+
     def _biases(self) -> dict[str, torch.Tensor]:
+        self._check_biases()
         cfg = self.cfg
         name13, name2 = self.block + FUSED_B13, self.block + FUSED_B2
-        self._check(name13, (cfg.num_experts, 2 * cfg.intermediate_size))
-        self._check(name2, (cfg.num_experts, cfg.hidden_size))
         b13 = self.files.read(name13)
         if self.names.fused_interleaved:
             b13 = torch.cat((b13[:, 0::2], b13[:, 1::2]), dim=1)
@@ -225,11 +278,26 @@ class _Reader:
             raise WeightsError(f"{name}: missing from {self.files.path}{self._near(name)}")
         return self.files.shape(name)
 
-    def _check(self, name: str, *shapes: Shape) -> None:
-        given = self._shape(name)
-        if given not in shapes:
-            needed = " or ".join(str(list(shape)) for shape in shapes)
-            raise WeightsError(f"{name}: shape {list(given)}, need {needed}")
+    def _check(self, name: str, *shapes: Shape) -> bool:
+        """Whether a tensor is there, of one of the shapes and, where problems are collected, readable."""
+        try:
+            given = self._shape(name)
+            if given not in shapes:
+                needed = " or ".join(str(list(shape)) for shape in shapes)
+                raise WeightsError(f"{name}: shape {list(given)}, need {needed}")
+            if self.problems is not None:
+                self.files.check_dtype(name)
+        except (WeightsError, UnsupportedError) as error:
+            if self.problems is None:
+                raise
+            self.problems.append(str(error))
+            return False
+        return True
+
+    def _fail(self, text: str) -> None:
+        if self.problems is None:
+            raise WeightsError(text)
+        self.problems.append(text)
 
     def _near(self, name: str) -> str:
         # comparing against one layer's names only: a large checkpoint has 100,000 of them

@@ -1,4 +1,4 @@
-"""One line on a terminal while tuning: how far, and how long it will still take."""
+"""One line on a terminal during long work: how far, and how long it will still take."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ class Progress:
     """Rewrites one line of a terminal; silent where the stream is none.
 
     Args:
-        what: is tuned.
+        what: is worked on.
         steps: in all.
         stream: standard error by default.
         now: seconds of a clock.
+        verb: what is done to it.
     """
 
     def __init__(
@@ -24,10 +25,12 @@ class Progress:
         steps: int,
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
+        verb: str = "tuning",
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._shown = bool(self._stream and self._stream.isatty())
-        self._what, self._steps, self._now, self._start = what, max(steps, 1), now, now()
+        self._what, self._steps = f"{verb} {what}", max(steps, 1)
+        self._now, self._start = now, now()
         self._width = 0
 
     def update(self, done: float, doing: str) -> None:
@@ -39,7 +42,7 @@ class Progress:
         if part > 0:
             seconds = round((self._now() - self._start) * (1.0 - part) / part)
             left = f", {seconds // 60}:{seconds % 60:02} left"
-        self._line(f"moert: tuning {self._what}, {doing}: {part:.0%}{left}")
+        self._line(f"moert: {self._what}, {doing}: {part:.0%}{left}")
 
     def close(self) -> None:
         """Wipe the line."""

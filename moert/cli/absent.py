@@ -1,0 +1,37 @@
+"""A layer whose tensors and device need not be there: shapes and strides only, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from moert.arena import Field
+from moert.config import MoEConfig
+from moert.weights import ExpertWeights
+
+
+def absent_weights(
+    cfg: MoEConfig, *, interleaved: bool = False, transposed: bool = False
+) -> ExpertWeights:
+    """Weights of a layer without storage, in the layout asked for; see `ExpertWeights`."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=cfg.torch_dtype, device="meta")
+
+    experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
+    if transposed:
+        w13 = empty(experts, hidden, cfg.w13_rows).transpose(1, 2)
+        w2 = empty(experts, inner, hidden).transpose(1, 2)
+    else:
+        w13, w2 = empty(experts, cfg.w13_rows, hidden), empty(experts, hidden, inner)
+    b13, b2 = (empty(experts, cfg.w13_rows), empty(experts, hidden)) if cfg.bias else (None, None)
+    correction = None
+    if cfg.routing.correction_bias:
+        correction = torch.empty(experts, dtype=torch.float32, device="meta")
+    return ExpertWeights(w13, w2, b13, b2, correction, interleaved=interleaved)
+
+
+def absent_views(fields: Iterable[Field]) -> dict[str, torch.Tensor]:
+    """Arena views without storage."""
+    return {f.name: torch.empty(f.shape, dtype=f.dtype, device="meta") for f in fields}

@@ -1,0 +1,182 @@
+"""`moert compile`: every kernel that plans can launch, as machine code for devices that need not be there.
+
+Exit code 1 tells of a kernel that does not compile, spills registers, needs scratch or more shared memory
+than the device has, or lacks the matrix instructions or 16-byte loads it should have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moert.build import DEFAULT_BUCKETS, DEFAULT_MAX_TOKENS
+from moert.cli.arguments import (
+    add_layer_options,
+    directory,
+    layer_options,
+    print_json,
+    print_table,
+    shape,
+    tokens,
+)
+from moert.cli.compile_pool import Row, examine_all
+from moert.cli.compile_variants import (
+    LAYOUTS,
+    Layer,
+    Variant,
+    layouts_of,
+    routing_variants,
+    variants,
+)
+from moert.config import MoEConfig, Routing
+from moert.device import KNOWN_DEVICES
+from moert.tuning.progress import Progress
+
+EXAMPLES = """examples:
+  moert compile --target gfx942                          the usual layers, every default plan
+  moert compile --target gfx942 --target sm_90 --shape 128,8,2048,768 --layout plain
+  moert compile --target gfx1151 --model DIR --all-candidates --json
+"""
+TARGETS = tuple(KNOWN_DEVICES)
+# buckets, then what is launched eagerly up to the default max_tokens
+BUCKETS = (*DEFAULT_BUCKETS, 1024, 2048, DEFAULT_MAX_TOKENS)
+# a small expert in every layout, one with biases and an interleaved gate, one routed by groups
+_GROUPS = Routing("sigmoid", correction_bias=True, num_groups=8, top_groups=4, scaling_factor=2.5)
+USUAL = (
+    (MoEConfig(128, 8, 2048, 768), LAYOUTS),
+    (MoEConfig(128, 4, 2880, 2880, activation="swiglu_oai", bias=True), ("plain", "interleaved")),
+    (MoEConfig(256, 8, 7168, 256, routing=_GROUPS), ("plain",)),
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=TARGETS,
+        metavar="ARCH",
+        help=f"one of {', '.join(TARGETS)}; may be repeated (all of them)",
+    )
+    layer = parser.add_mutually_exclusive_group()
+    layer.add_argument(
+        "--shape", action="append", type=shape, metavar="E,K,H,I", help="a layer; may be repeated"
+    )
+    layer.add_argument("--model", type=directory, metavar="DIR", help="the layers of a checkpoint")
+    parser.add_argument(
+        "--layout", nargs="+", choices=LAYOUTS, help="how weights lie in memory (every way)"
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", type=tokens, metavar="T", help="bucket sizes (the default ones)"
+    )
+    parser.add_argument(
+        "--all-candidates", action="store_true", help="also everything that tuning would time"
+    )
+    parser.add_argument("--jobs", type=int, default=0, help="processes at a time (one per core)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_layer_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    jobs = args.jobs if args.jobs > 0 else os.cpu_count() or 1
+    chosen = collect(
+        layers(args), args.target or TARGETS, sorted(args.tokens or BUCKETS), args.all_candidates
+    )
+    start = time.monotonic()
+    rows = compile_rows(chosen, jobs)
+    bad = [row for row in rows if row.problems]
+    if args.json:
+        print_json({"kernels": [row.to_json() for row in rows], "problems": len(bad)})
+        return bool(bad)
+    print_rows(rows)
+    seconds = time.monotonic() - start
+    print(f"\n{len(rows)} kernels compiled in {seconds:.0f} s, {len(bad)} with problems")
+    for row in bad:
+        said = row.to_json()
+        where = f"{said['target']} {said['kernel']} {said['tile']} shape {said['shape']}"
+        aligned = "aligned" if said["aligned"] else "unaligned"
+        print(f"  {where} {said['layout']} {aligned}: {'; '.join(row.problems)}")
+    return bool(bad)
+
+
+def layers(args: argparse.Namespace) -> list[Layer]:
+    """The layers asked for in every layout asked for; the usual ones if none was."""
+    wanted = args.layout or LAYOUTS
+    if args.model is not None:
+        return layouts_of(MoEConfig.from_pretrained(args.model), wanted)
+    if args.shape:
+        cfgs = [replace(cfg, **layer_options(args)) for cfg in args.shape]
+        return [layer for cfg in cfgs for layer in layouts_of(cfg, wanted)]
+    return [
+        layer
+        for cfg, layouts in USUAL
+        for layer in layouts_of(
+            replace(cfg, **layer_options(args)), [name for name in layouts if name in wanted]
+        )
+    ]
+
+
+def collect(
+    layers: Sequence[Layer], targets: Sequence[str], buckets: Sequence[int], all_candidates: bool
+) -> list[Variant]:
+    """Every kernel to compile; layouts and biases change nothing about routing, sorting and combining."""
+    found: dict[Variant, None] = {}
+    for arch in dict.fromkeys(targets):
+        shared = set()
+        for layer in layers:
+            everything = [
+                *routing_variants(layer, arch, buckets),
+                *variants(layer, arch, buckets, all_candidates),
+            ]
+            for variant in everything:
+                gemm = variant.kernel.startswith(("gate_up", "down"))
+                key = (replace(layer.cfg, bias=False), replace(variant, layer=layers[0]))
+                if gemm or key not in shared:
+                    found[variant] = None
+                shared.add(key)
+    return list(found)
+
+
+def compile_rows(chosen: Sequence[Variant], jobs: int) -> list[Row]:
+    """All rows, in the order of the variants."""
+    progress = Progress(f"{len(chosen)} kernels", len(chosen), verb="compiling")
+    rows = {}
+    try:
+        for number, row in enumerate(examine_all(chosen, jobs), 1):
+            rows[row.variant] = row
+            progress.update(number, f"{row.variant.arch} {row.variant.kernel}")
+    finally:
+        progress.close()
+    return [rows[variant] for variant in chosen]
+
+
+HEAD = (
+    *("target", "kernel", "tile", "layout", "aligned", "regs", "agpr", "sgpr", "spills"),
+    *("scratch", "shared", "waves/SIMD", "matrix", "load", "problems"),
+)
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    table = []
+    for row in rows:
+        variant, found = row.variant, row.resources
+        layout = "bias" if variant.layer.cfg.bias else variant.layer.layout
+        if variant.layer.cfg.bias and variant.layer.layout != "plain":
+            layout = f"bias, {variant.layer.layout}"
+        numbers: list[object] = ["-"] * 9
+        if found is not None:
+            numbers = [
+                *(found.vgprs, found.agprs, found.sgprs, found.spills),
+                *(found.scratch, found.shared, found.occupancy, found.matrix, found.widest_load),
+            ]
+        table.append(
+            [
+                *(variant.arch, variant.kernel, variant.tile, layout),
+                "yes" if variant.aligned else "no",
+                *numbers,
+                "; ".join(row.problems) or "none",
+            ]
+        )
+    print_table(HEAD, table)
