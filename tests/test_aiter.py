@@ -23,12 +23,15 @@ from aiter_stand_in import StandIn
 from expert_cases import relative_error
 
 from moert import ExpertWeights, MoEConfig, MoERuntime, TopK
-from moert.backends.aiter import AiterBackend, sort_rows_at_once
+from moert.arena import Arena, layout
+from moert.backends.aiter import AiterBackend, most_tokens, sort_rows_at_once
 from moert.backends.aiter_sequences import block_m
 from moert.errors import ConfigError
 from moert.plan import Choice
+from moert.share import Options
 from moert.steps.experts_reference import experts_reference
 from moert.steps.sorting.layout import padded_rows
+from moert.tuning.check import Check, new_call
 
 
 @pytest.mark.parametrize(
@@ -140,8 +143,16 @@ def test_memory_counts_the_second_copy(aiter: StandIn) -> None:
     assert make(weights=weights).memory()["weights"] == weights.nbytes + 491544
 
 
-def test_own_graphs_become_those_of_the_host() -> None:
-    assert not AiterBackend.uses_graphs
+def test_own_graphs_become_those_of_the_host(
+    aiter: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the option is not "off" by itself."""
+    monkeypatch.setattr(
+        "moert.build.plan_options", lambda *_, **__: Options(4, (1, 4), "own", 0, "auto")
+    )
+    report = make().plan()
+    assert report.graphs == "host"
+    assert not any(plan.captured for plan in report)
 
 
 def test_a_sort_that_allocates_is_refused(aiter: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,3 +244,33 @@ def test_layers_share_an_arena(aiter: StandIn) -> None:
 
 def make_shared(rt: MoERuntime) -> MoERuntime:
     return MoERuntime(CFG, ExpertWeights.random(CFG, seed=3), share=rt)
+
+
+@pytest.mark.parametrize("strategy", ["one_shot", "multi_phase"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_tuning_finds_both_policies_right_and_a_broken_one_wrong(
+    aiter: StandIn, strategy: str, dtype: str
+) -> None:
+    """Its check has ids of nobody, and rows that are not live: full of NaN, and not to be written."""
+    backend, choice = backend_of(replace(CFG, dtype=dtype)), Choice(strategy)
+    fields = backend.fields(9, choice)
+    arena = Arena(torch.device("cpu"), layout(fields)[1])
+    program = backend.program(9, choice, arena.views(fields))
+    check = Check(backend.cfg, backend.weights, 9)
+    call = new_call(backend.cfg, torch.device("cpu"))
+    assert check.fault(lambda call: program.run(call, 0), call, arena) is None
+    policies = {c.args["dispatch_policy"] for c in aiter.calls if "dispatch_policy" in c.args}
+    assert policies == {1 if strategy == "one_shot" else 2}
+    aiter.change = lambda call: [] if call.name == "ck_moe_stage2_fwd" else [call]
+    fault = check.fault(lambda call: program.run(call, 0), call, arena)
+    assert fault is not None and "relative error" in fault
+
+
+def test_operands_past_32_bits_of_offsets_are_not_shown_to_aiter(aiter: StandIn) -> None:
+    assert most_tokens(replace(CFG, hidden_size=2**14)) == 2**16 - 1
+    assert most_tokens(replace(CFG, intermediate_size=2**12, top_k=4)) == 2**16 - 1
+    rt = make()
+    x, topk = rows(CFG, 5), routing(CFG, 5)
+    rt._executor._programs[-1]._most = 4
+    assert_right(rt.forward(x, topk), x, topk, rt)
+    assert aiter.calls == []

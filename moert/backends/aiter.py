@@ -186,6 +186,12 @@ def sort_rows_at_once(experts: int) -> int:
     return 0 if rows < 10 else (rows - 2) // 8 * 8
 
 
+def most_tokens(cfg: MoEConfig) -> int:
+    """The most tokens whose rows, x and out [T, H] and h [T * K, I], AITER's GEMMs can address."""
+    row_bytes = cfg.torch_dtype.itemsize * max(cfg.hidden_size, cfg.top_k * cfg.intermediate_size)
+    return (_MAX_BYTES - 1) // row_bytes
+
+
 class AiterProgram(Program):
     """One plan: the operators on arena views, and what runs instead where they do not fit.
 
@@ -215,10 +221,7 @@ class AiterProgram(Program):
         self._nothing = backend.packed.w1.new_empty(0, 0)
         # views by T, made on its first call: bookkeeping of the host
         self._steps: dict[int, tuple[Step, ...]] = {}
-        row_bytes = cfg.torch_dtype.itemsize * max(
-            cfg.hidden_size, cfg.top_k * cfg.intermediate_size
-        )
-        self._most = min(tokens, (_MAX_BYTES - 1) // row_bytes)
+        self._most = min(tokens, most_tokens(cfg))
 
     def run(self, call: Call, stream: int) -> None:
         x, out, tokens = call.x, call.out, call.tokens

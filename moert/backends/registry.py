@@ -28,15 +28,6 @@ def backend_class(name: str) -> type[Backend] | str:
     return TritonBackend
 
 
-def why_not(cfg: MoEConfig, facts: DeviceFacts) -> dict[str, str | None]:
-    """Every backend with None, or the reason why it cannot serve the configuration on the device."""
-    return {name: _reason(backend_class(name), cfg, facts) for name in NAMES}
-
-
-def _reason(found: type[Backend] | str, cfg: MoEConfig, facts: DeviceFacts) -> str | None:
-    return found if isinstance(found, str) else found.supports(cfg, facts)
-
-
 def select_backend(
     name: str, cfg: MoEConfig, facts: DeviceFacts
 ) -> tuple[type[Backend], tuple[str, ...]]:
@@ -53,7 +44,7 @@ def select_backend(
     order = ("torch",) if facts.kind == "cpu" else NAMES
     for candidate in order if name == "auto" else (name,):
         found = backend_class(candidate)
-        reason = _reason(found, cfg, facts)
+        reason = found if isinstance(found, str) else found.supports(cfg, facts)
         if reason is None and not isinstance(found, str):
             return found, tuple(reasons)
         reasons.append(f"backend {candidate}: {reason}")
