@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("transformers")
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moert import StateError
+from moert import MoERuntime, StateError, TopK
 from moert.integrations.experts_module import is_experts_module, parameters
 from moert.integrations.transformers import Prepared, experts_forward, prepare, register
 
@@ -230,6 +230,28 @@ def test_outputs_may_be_kept(fresh: Callable[..., Any]) -> None:
         logits(model)
     assert len({output.data_ptr() for output, _ in kept}) == len(kept) == 6
     assert all(torch.equal(output, clone) for output, clone in kept)
+
+
+def test_nothing_is_copied_on_the_way(
+    fresh: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By address: the runtime reads what the module was given and writes what the module returns."""
+    model = fresh("mixtral")
+    seen: dict[str, list[int]] = {"module": [], "runtime": []}
+
+    def spy(self: MoERuntime, x: torch.Tensor, topk: TopK, out: torch.Tensor) -> torch.Tensor:
+        seen["runtime"] += [t.data_ptr() for t in (x, topk.ids, topk.weights, out)]
+        return forward(self, x, topk, out)
+
+    def hook(_: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen["module"] += [t.data_ptr() for t in (*given, output)]
+
+    forward = MoERuntime.forward
+    monkeypatch.setattr(MoERuntime, "forward", spy)
+    for module in experts_of(model):
+        module.register_forward_hook(hook)
+    logits(model)
+    assert len(seen["module"]) == 8 and seen["module"] == seen["runtime"]
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["made-in-inference-mode", "made-outside"])
