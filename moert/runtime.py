@@ -43,7 +43,8 @@ class MoERuntime:
             graphs captured by others from runtimes of one share group must not run at the same time.
 
     Raises:
-        ConfigError, WeightsError, UnsupportedError: before anything is left behind.
+        ConfigError, WeightsError, UnsupportedError: what was given does not fit; nothing is left behind.
+        StateError: the current stream is capturing, or `share` is closed; likewise.
     """
 
     def __init__(
@@ -210,7 +211,9 @@ class MoERuntime:
             group, overwritten by the call after next.
 
         Raises:
-            InputError: the argument does not fit.
+            InputError: an argument does not fit; nothing was launched or changed.
+            WeightsError: the rule has a correction bias and the weights do not.
+            StateError: closed, forked, or inside a capture that it cannot join.
         """
         self._usable("route")
         if self._lacks_bias:
