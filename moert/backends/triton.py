@@ -86,7 +86,8 @@ class TritonBackend(Backend):
             views,
             dependent=choice.dependent,
         )
-        return [*sort, *grouped_launches(cfg, weights, choice, views)]
+        rolled = triton_tiles.is_rdna(self.facts)
+        return [*sort, *grouped_launches(cfg, weights, choice, views, rolled)]
 
     def program(
         self,

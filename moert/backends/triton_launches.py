@@ -51,15 +51,25 @@ def direct_launches(
 
 
 def grouped_launches(
-    cfg: MoEConfig, weights: ExpertWeights, choice: Choice, views: Views
+    cfg: MoEConfig, weights: ExpertWeights, choice: Choice, views: Views, rolled: bool = False
 ) -> list[Launch]:
-    """What follows a sort: gate/up and down by (block of BM sorted rows, columns), combine."""
+    """What follows a sort: gate/up and down by (block of BM sorted rows, columns), combine.
+
+    Args:
+        rolled: the loops over the reduction are kept loops.
+    """
     up, down = _tiles(choice)
     sort = {n: views[n] for n in ("sorted_token_ids", "sorted_expert_ids", "num_valid_ids")}
     gate_up = Launch(
         gate_up_grouped_kernel,
         _grouped_grid(cfg, up, cfg.intermediate_size),
-        {**sort, "w13_ptr": weights.w13, "b13_ptr": weights.b13, "h_ptr": views["h"]},
+        {
+            **sort,
+            "w13_ptr": weights.w13,
+            "b13_ptr": weights.b13,
+            "h_ptr": views["h"],
+            "reduction": cfg.hidden_size if rolled else None,
+        },
         {**_gate_up_constants(cfg, weights), "K": cfg.top_k, **_grouped_tile(up)},
         up.num_warps,
         up.num_stages,
@@ -74,6 +84,7 @@ def grouped_launches(
             "b2_ptr": weights.b2,
             "h_ptr": views["h"],
             "y_ptr": views["y"],
+            "reduction": cfg.intermediate_size if rolled else None,
         },
         {**_down_constants(cfg, weights), "K": cfg.top_k, **_grouped_tile(down)},
         down.num_warps,

@@ -5,7 +5,6 @@ The heuristic is only where tuning starts: a bucket keeps it until something mea
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 from moert.config import MoEConfig
@@ -46,8 +45,8 @@ def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:
 
 
 def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int]]:
-    if _is_rdna(facts):
-        # compiled for gfx1151, any deeper tile of short reductions spills hundreds of registers
+    if is_rdna(facts):
+        # compiled for gfx1100, gfx1151 and gfx1201: of all that spill nowhere, those with most waves
         return [(64, 32, 8 if bm >= 64 else 4, 2), (32, 32, 4, 1)]
     if bm >= 64:
         return [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
@@ -55,13 +54,14 @@ def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int
     return [(64, 128, 4, deep), (64, 64, 4, deep), (32, 64, 4, 2), (32, 32, 4, 1)]
 
 
-def _is_rdna(facts: DeviceFacts) -> bool:
+def is_rdna(facts: DeviceFacts) -> bool:
+    """AMD's graphics architecture: waves of 32 and 256 vector registers, no accumulation registers."""
     return facts.kind == "hip" and facts.warp_size == 32
 
 
 def _default_direct(reduction: int, facts: DeviceFacts) -> Tile:
-    fitting = [tile for tile in direct_tiles(reduction) if tile.bn == 8]
-    if _is_rdna(facts):
+    fitting = [tile for tile in direct_tiles(reduction, facts) if tile.bn == 8]
+    if is_rdna(facts):
         # stages wait in registers there: compiled for gfx1151, more or wider ones spill
         return min(fitting, key=lambda tile: (tile.num_stages, tile.bk))
     return fitting[len(fitting) // 3]
@@ -128,18 +128,23 @@ _DIRECT = (
 )
 
 
-def direct_tiles(reduction: int) -> list[Tile]:
+# compiled for gfx1100, gfx1151 and gfx1201: the gate/up GEMM spills with these
+_SPILLING_RDNA = frozenset({(8, 256, 4, 6), (16, 128, 2, 4), (32, 128, 2, 4), (32, 256, 4, 3)})
+
+
+def direct_tiles(reduction: int, facts: DeviceFacts) -> list[Tile]:
     """Tiles of a direct GEMM that waste at most a quarter of the widest step on a short reduction."""
     tiles = [
         Tile(1, bn, bk, warps, stages)
         for bn, bk, warps, stages in _DIRECT
         if -(-reduction // bk) * bk <= 1.25 * reduction
+        and not (is_rdna(facts) and (bn, bk, warps, stages) in _SPILLING_RDNA)
     ]
     return tiles or [Tile(1, bn, _power_of_two(reduction, 16, 128), 2, 3) for bn in (4, 8, 16)]
 
 
 def _direct_candidates(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
-    up, down = direct_tiles(cfg.hidden_size), direct_tiles(cfg.intermediate_size)
+    up, down = direct_tiles(cfg.hidden_size, facts), direct_tiles(cfg.intermediate_size, facts)
     # the two GEMMs hardly influence each other: vary one at a time, then how they are launched
     middle_up, middle_down = up[len(up) // 3], down[len(down) // 3]
     yield from (Choice("none", tile, middle_down) for tile in up)
@@ -160,13 +165,35 @@ _GROUPED_HIP = (
 )
 
 
+# BN, BK, warps, stages by BM. Compiled for gfx1100, gfx1151 and gfx1201, gate/up and down, reductions from
+# 256 to 7168, odd ones too: these spill nowhere, taller and deeper ones in most places
+_GROUPED_RDNA = {
+    16: (
+        *((64, 32, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
+        *((64, 32, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+    ),
+    32: (
+        *((64, 32, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 8, 2)),
+        *((64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+    ),
+    64: ((64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+    128: ((64, 32, 8, 2),),
+}
+
+
+def _grouped_shapes(bm: int, facts: DeviceFacts) -> tuple[tuple[int, int, int, int], ...]:
+    if is_rdna(facts):
+        return _GROUPED_RDNA[bm]
+    return _GROUPED_HIP if facts.kind == "hip" else _GROUPED
+
+
 def _grouped_candidates(
     cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str, most: int | None
 ) -> Iterator[Choice]:
     mean = tokens * cfg.top_k / cfg.num_experts
     sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(16, 4 * mean)][-3:]
-    shapes = (_GROUPED_HIP if facts.kind == "hip" else _GROUPED)[:most]
-    for bm, (bn, bk, warps, stages) in itertools.product(sizes, shapes):
-        tile = Tile(bm, bn, bk, warps, stages)
-        if _fits(tile, cfg, facts):
-            yield Choice(strategy, tile, tile, facts.dependent_launch)
+    for bm in sizes:
+        for bn, bk, warps, stages in _grouped_shapes(bm, facts)[:most]:
+            tile = Tile(bm, bn, bk, warps, stages)
+            if _fits(tile, cfg, facts):
+                yield Choice(strategy, tile, tile, facts.dependent_launch)

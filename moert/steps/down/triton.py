@@ -112,6 +112,7 @@ def down_grouped_kernel(
     w2_ptr,
     b2_ptr,
     y_ptr,
+    reduction,
     K: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
@@ -142,7 +143,8 @@ def down_grouped_kernel(
     w_cols = w2_ptr + expert.to(tl.int64) * W_E + n.to(tl.int64) * W_N
     k = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, I, BK):
+    # I as an argument keeps LLVM from unrolling the loop, which spills where registers are few (RDNA)
+    for start in range(0, I if reduction is None else reduction, BK):
         kk = start + k
         in_k = kk < I
         h = tl.load(

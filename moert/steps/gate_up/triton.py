@@ -139,6 +139,7 @@ def gate_up_grouped_kernel(
     w13_ptr,
     b13_ptr,
     h_ptr,
+    reduction,
     K: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
@@ -174,7 +175,8 @@ def gate_up_grouped_kernel(
     k = tl.arange(0, BK)
     first = tl.zeros((BM, WIDE), tl.float32)
     second = tl.zeros((BM, WIDE), tl.float32)
-    for start in range(0, H, BK):
+    # H as an argument keeps LLVM from unrolling the loop, which spills where registers are few (RDNA)
+    for start in range(0, H if reduction is None else reduction, BK):
         kk = start + k
         in_k = kk < H
         x = tl.load(x_rows[:, None] + kk[None, :], mask=live[:, None] & in_k[None, :], other=0.0)
