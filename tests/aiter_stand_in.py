@@ -52,6 +52,17 @@ class Called:
     args: dict[str, Any]
 
 
+def schema(operator: Callable[..., Any], first: str = "") -> str:
+    """The schema that AITER's decorator registers; `first` is put before the parameters."""
+    kinds = {"torch.Tensor": "Tensor", "torch.Tensor | None": "Tensor?", "int": "int"}
+    parameters = [
+        f"{kinds[p.annotation]} {p.name}"
+        + ("" if p.default is inspect.Parameter.empty else f"={p.default}")
+        for p in inspect.signature(operator).parameters.values()
+    ]
+    return f"{operator.__name__}({', '.join([first] * bool(first) + parameters)}) -> ()"
+
+
 class StandIn(ModuleType):
     """The package.
 
@@ -77,7 +88,9 @@ class StandIn(ModuleType):
         names = ["moe_sorting_fwd", "ck_moe_stage1_fwd", "ck_moe_stage2_fwd"]
         if opus:
             names.append("moe_sorting_opus_fwd")
-            self.moe_sorting_opus_get_workspace_size = moe_sorting_opus_get_workspace_size
+            self.moe_sorting_opus_get_workspace_size = lambda *args, **options: (
+                moe_sorting_opus_get_workspace_size(*args, **options)
+            )
         for name in names:
             setattr(self, name, self._recorded(globals()[name]))
         self.fused_moe = ModuleType("aiter.fused_moe")
@@ -85,7 +98,10 @@ class StandIn(ModuleType):
     def _recorded(self, operator: Callable[..., Any]) -> Callable[..., Any]:
         name, signature = operator.__name__, inspect.signature(operator)
 
-        @wraps(operator)
+        # as there: a compiled operator's wrapper takes anything, its schema is registered with torch
+        keep = wraps(operator) if name.startswith("ck_") else lambda call: call
+
+        @keep
         def call(*args: Any, **options: Any) -> Any:
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
@@ -325,3 +341,9 @@ def ck_moe_stage2_fwd(
         out[token] += sorted_weights[place] * (
             down[expert].float() @ inter_states[token, slot].float()
         )
+
+
+LIBRARY = torch.library.Library("aiter", "FRAGMENT")
+LIBRARY.define(schema(moe_sorting_fwd))
+LIBRARY.define(schema(moe_sorting_opus_fwd))
+LIBRARY.define(schema(moe_sorting_opus_get_workspace_size, "Tensor dummy"))

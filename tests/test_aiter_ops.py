@@ -108,7 +108,7 @@ def test_a_missing_operator_or_parameter_is_named(
         delattr(package, name)
         assert find_aiter(Plain.operators) == f"this aiter has no {name}"
         return
-    signature = inspect.signature(getattr(package, name))
+    signature = inspect.signature(getattr(aiter_stand_in, name))
     kept = [p for p in signature.parameters.values() if p.name != parameter]
     monkeypatch.setattr(package, name, lambda: None)
     getattr(package, name).__signature__ = signature.replace(parameters=kept)
@@ -120,7 +120,16 @@ def test_the_better_sort_is_taken_by_what_it_takes(monkeypatch: pytest.MonkeyPat
     found = find_aiter(Plain.operators)
     assert not isinstance(found, str) and found.sort_name == "moe_sorting_opus_fwd"
     # an early one has no parameter for the scratch
-    monkeypatch.setattr(package, "moe_sorting_opus_fwd", package.moe_sorting_fwd)
+    monkeypatch.setattr(package, "moe_sorting_opus_fwd", aiter_stand_in.moe_sorting_fwd)
+    found = find_aiter(Plain.operators)
+    assert not isinstance(found, str) and found.sort_name == "moe_sorting_fwd"
+
+
+def test_compiled_operators_tell_by_their_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = StandIn().install(monkeypatch)
+    assert list(inspect.signature(package.moe_sorting_opus_fwd).parameters) == ["args", "options"]
+    # as the older sort under the newer name would: its schema has no workspace
+    monkeypatch.setattr(torch.ops.aiter, "moe_sorting_opus_fwd", torch.ops.aiter.moe_sorting_fwd)
     found = find_aiter(Plain.operators)
     assert not isinstance(found, str) and found.sort_name == "moe_sorting_fwd"
 

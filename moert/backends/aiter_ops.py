@@ -104,8 +104,21 @@ def _lacks(module: Any, name: str, wanted: tuple[str, ...]) -> str | None:
     operator = getattr(module, name, None)
     if operator is None:
         return f"this aiter has no {name}"
-    missing = [p for p in wanted if p not in inspect.signature(operator).parameters]
+    parameters = _parameters(name, operator)
+    missing = [] if parameters is None else [p for p in wanted if p not in parameters]
     return f"{name} of this aiter takes no {', '.join(missing)}" if missing else None
+
+
+def _parameters(name: str, operator: Any) -> set[str] | None:
+    """What an operator takes, by name; None where nothing tells."""
+    found = inspect.signature(operator).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
+        return set(found)
+    # compiled operators are registered with torch: what is called takes anything, the schema tells what
+    registered = getattr(torch.ops.aiter, name, None)
+    if registered is None:
+        return None
+    return {argument.name for argument in registered.default._schema.arguments}
 
 
 def _said(error: Exception) -> str:
