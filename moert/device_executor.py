@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -201,6 +202,7 @@ class DeviceExecutor:
             group.graph_bytes += max(0, free - torch.cuda.mem_get_info(group.device)[0])
         except StateError as error:
             self._graphs = [None] * len(group.plans)
+            group.plans = tuple(replace(plan, captured=False) for plan in group.plans)
             group.notes.append(
                 f"no graphs on this device, kernels are launched one by one: {error}"
             )

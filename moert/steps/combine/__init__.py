@@ -1,0 +1,1 @@
+"""Combine: the K weighted rows of every token, added in slot order."""

@@ -1,0 +1,1 @@
+"""Down GEMM: from the intermediates of the routed rows to the layer's output."""

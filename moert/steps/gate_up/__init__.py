@@ -1,0 +1,1 @@
+"""Gate/up GEMM with the activation: from tokens to the intermediates of the routed rows."""
