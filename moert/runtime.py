@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from moert.build import Built, build, resolve_config
-from moert.call import call_key
-from moert.checks import check_forward, check_logits, check_num_valid, rows_of
+from moert.build import build, resolve_config
+from moert.call_flow import CallFlow
+from moert.checks import check_logits, check_num_valid
 from moert.config import MoEConfig
-from moert.errors import ConfigError, InputError, StateError, WeightsError
+from moert.errors import ConfigError, InputError, WeightsError
 from moert.plan import PlanReport
 from moert.streams import refuse_inside_capture
 from moert.topk import TopK, as_topk
 from moert.weights import ExpertWeights
 
-_LIVE: weakref.WeakSet[MoERuntime] = weakref.WeakSet()
 
-
-class MoERuntime:
+class MoERuntime(CallFlow):
     """Runs one layer at decode time: no allocation, no copy, no host decision per token.
 
     Args:
@@ -62,13 +56,13 @@ class MoERuntime:
         tune: str | None = None,
         share: MoERuntime | None = None,
     ) -> None:
-        self._refusal: str | None = "the runtime was not built"
+        super().__init__()
         self.cfg = resolve_config(model_cfg)
         if share is not None:
             if not isinstance(share, MoERuntime):
                 raise ConfigError(f"share: got {type(share).__name__}, need a MoERuntime")
             share._usable("share")
-        self._built: Built = build(
+        built = build(
             self.cfg,
             weights,
             layer=layer,
@@ -81,21 +75,12 @@ class MoERuntime:
             tune=tune,
             share=None if share is None else share._built,
         )
-        built = self._built
-        self._group, self._executor = built.group, built.executor
-        # bound once: a call looks up as little as it can
-        self._lock, self._run = built.group.lock, built.executor.run
-        self._capturing = built.executor.capturing
-        self.device = built.group.device
-        self._max_tokens = built.group.options.max_tokens
-        self._counts = {"calls": 0, "chunks": 0, "routes": 0}
         self._lacks_bias = (
             self.cfg.routing.correction_bias and built.weights.correction_bias is None
         )
         # calls leave the caller's current device alone; with one GPU there is nothing to switch
-        self._switch_device = self.device.type == "cuda" and torch.cuda.device_count() > 1
-        self._refusal = None
-        _LIVE.add(self)
+        self._switch_device = built.group.device.type == "cuda" and torch.cuda.device_count() > 1
+        self._begin(built)
 
     def forward(
         self,
@@ -135,70 +120,6 @@ class MoERuntime:
 
     __call__ = forward
 
-    def _forward(
-        self,
-        x: torch.Tensor,
-        topk: TopK,
-        out: torch.Tensor | None,
-        num_valid: torch.Tensor | None,
-        pad: str,
-    ) -> torch.Tensor:
-        with self._lock:
-            if self._refusal is not None:  # closed by another thread meanwhile
-                self._usable("forward")
-            capturing = self._capturing()
-            if capturing:
-                self._fits_capture("forward", rows_of("x", x, f"H={self.cfg.hidden_size}"))
-            result = self._own_result(x, capturing) if out is None else out
-            try:
-                key = call_key(x, topk, result, num_valid, pad)
-            except (AttributeError, RuntimeError):  # no tensor, or one without addresses
-                check_forward(self.cfg, self.device, x, topk, result, num_valid, pad)
-                raise
-            if len(key[4]) == 2 and key[4][0] > self._max_tokens:
-                return self._forward_chunks(x, topk, result, num_valid, pad)
-            self._run(key, x, topk, result, num_valid, capturing)
-            if out is None:
-                self._group.results_for(capturing).take_output()
-            self._counts["calls"] += 1
-        return result
-
-    def _own_result(self, x: torch.Tensor, capturing: bool) -> torch.Tensor:
-        """Where a call without out= puts its result."""
-        tokens = rows_of("x", x, f"H={self.cfg.hidden_size}")
-        if tokens > self._max_tokens:
-            return torch.empty_like(x)
-        return self._group.results_for(capturing).peek_output(tokens)
-
-    def _fits_capture(self, what: str, tokens: int) -> None:
-        if tokens > (most := self._group.largest_bucket):
-            raise StateError(
-                f"{what}: {tokens} rows inside a capture, the arena for captures holds the largest "
-                f"bucket, {most}; raise buckets="
-            )
-
-    def _forward_chunks(
-        self,
-        x: torch.Tensor,
-        topk: TopK,
-        out: torch.Tensor,
-        num_valid: torch.Tensor | None,
-        pad: str,
-    ) -> torch.Tensor:
-        """More than max_tokens rows: slices of max_tokens, each with its own share of the live count."""
-        check_forward(self.cfg, self.device, x, topk, out, num_valid, pad)
-        for start in range(0, x.shape[0], self._max_tokens):
-            rows = slice(start, start + self._max_tokens)
-            live = None
-            if num_valid is not None:
-                live = self._executor.rows_left(num_valid, start)
-            chunk = TopK(topk.weights[rows], topk.ids[rows])
-            self._forward(x[rows], chunk, out[rows], live, pad)
-            self._counts["calls"] -= 1
-            self._counts["chunks"] += 1
-        self._counts["calls"] += 1
-        return out
-
     def route(self, router_logits: torch.Tensor, *, num_valid: torch.Tensor | None = None) -> TopK:
         """Expert ids and weights by the config's routing rule.
 
@@ -232,19 +153,6 @@ class MoERuntime:
             with torch.cuda.device(self.device):
                 return self._route(router_logits, num_valid)
         return self._route(router_logits, num_valid)
-
-    def _route(self, logits: torch.Tensor, num_valid: torch.Tensor | None) -> TopK:
-        group, tokens = self._group, logits.shape[0]
-        with group.lock:
-            self._usable("route")  # not closed by another thread meanwhile
-            capturing = self._capturing()
-            if capturing:
-                self._fits_capture("route", tokens)
-            out = group.results_for(capturing).next_topk(tokens)
-            if tokens:
-                self._executor.route(logits, out, num_valid, capturing)
-            self._counts["routes"] += 1
-        return out
 
     @property
     def weights(self) -> ExpertWeights:
@@ -292,57 +200,6 @@ class MoERuntime:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
-    def close(self) -> None:
-        """Free graphs at once, and with the last runtime of the share group the arena; idempotent.
-
-        Raises:
-            StateError: the current stream is capturing; nothing was freed.
-        """
-        if self._refusal is not None:
-            return
-        with self._lock:
-            if self._refusal is None:  # not closed by another thread meanwhile
-                refuse_inside_capture(self.device, "close")
-                self._refusal = "the runtime is closed"
-                _LIVE.discard(self)
-                self._built.close()
-
-    def __enter__(self) -> MoERuntime:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextmanager
-    def _open(self, what: str) -> Iterator[Built]:
-        """The built layer, which nobody closes meanwhile."""
-        self._usable(what)  # first: in a forked child the lock may never be free
-        with self._lock:
-            self._usable(what)
-            yield self._built
-
-    def _usable(self, what: str) -> None:
-        if self._refusal is not None:
-            raise StateError(f"{what}: {self._refusal}; make a new MoERuntime")
-
-    def _refuse_copy(self, *_: object) -> NoReturn:
-        raise StateError(
-            "a MoERuntime holds device memory and captured graphs and cannot be pickled or copied; make a "
-            "new one from the config and weights, with share= for the same arena"
-        )
-
-    __reduce_ex__ = __deepcopy__ = __copy__ = _refuse_copy
-
     def __repr__(self) -> str:
         state = self._refusal or f"backend={self._built.backend.name}, {self.device}"
         return f"MoERuntime({self.cfg!r}, {state})"
-
-
-def _refuse_after_fork() -> None:
-    for runtime in list(_LIVE):
-        runtime._refusal = (
-            "the process was forked after it was made: GPU state does not survive that"
-        )
-
-
-os.register_at_fork(after_in_child=_refuse_after_fork)

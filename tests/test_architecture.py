@@ -21,7 +21,7 @@ import moert
 LAYERS = {
     "vocabulary": ("errors", "env", "config", "topk"),
     "device": ("device",),
-    "weights": ("checkpoint", "quant", "weights"),
+    "weights": ("checkpoint", "quantization", "weights", "weights_check"),
     "plan": ("arena", "call", "checks", "plan"),
     "launch": ("steps.call_args", "launch", "graph_nodes"),
     "steps": ("steps",),
@@ -29,7 +29,7 @@ LAYERS = {
     "tuning": ("timing", "tuning"),
     "share": ("streams", "share"),
     "executors": ("graphs", "device_executor", "host_executor"),
-    "runtime": ("build", "runtime"),
+    "runtime": ("build", "lifetime", "call_flow", "runtime"),
     "surface": ("", "__main__", "cli", "integrations"),
 }
 

@@ -15,7 +15,7 @@ import torch
 from expert_cases import make_weights
 from runtime_cases import BACKENDS, BUCKETS, CFG, MAX_TOKENS, check_call, make_case, make_runtime
 
-from moert import MoERuntime, build, runtime
+from moert import MoERuntime, build, lifetime, runtime
 from moert.errors import ConfigError, StateError
 from moert.host_executor import HostExecutor
 from moert.share import ShareGroup
@@ -118,7 +118,7 @@ def test_a_construction_that_fails_leaves_nothing(
 ) -> None:
     """As an allocation may fail at every step: the error is the caller's to see, the memory is free."""
     gc.collect()
-    before, alive = groups(), len(runtime._LIVE)
+    before, alive = groups(), len(lifetime._LIVE)
     weights = make_weights(CFG)
     first, tensor = make_runtime("torch"), weakref.ref(weights.w13)
 
@@ -135,7 +135,7 @@ def test_a_construction_that_fails_leaves_nothing(
     del weights
     gc.collect()
     assert tensor() is None
-    assert groups() == before + 1 and len(runtime._LIVE) == alive + 1
+    assert groups() == before + 1 and len(lifetime._LIVE) == alive + 1
     check_call(first, make_case(CFG, 7))
     arena = weakref.ref(first._group.arena)
     first.close()
@@ -162,7 +162,8 @@ def test_refused_inside_a_capture(what: str, monkeypatch: pytest.MonkeyPatch) ->
         raise StateError(f"{name}: planted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "refuse_inside_capture", refuse)
+        for module in (lifetime, runtime):
+            patch.setattr(module, "refuse_inside_capture", refuse)
         with pytest.raises(StateError, match=f"{what}: planted"):
             uses[what]()
     assert torch.equal(rt.weights.w2, old)

@@ -1,0 +1,104 @@
+"""The way of one call through a runtime: which result it gets, chunks, calls inside a capture."""
+
+from __future__ import annotations
+
+import torch
+
+from moert.build import Built
+from moert.call import call_key
+from moert.checks import check_forward, rows_of
+from moert.config import MoEConfig
+from moert.errors import StateError
+from moert.lifetime import Lifetime
+from moert.topk import TopK
+
+
+class CallFlow(Lifetime):
+    """What `MoERuntime` does with calls: on the runtime's device, under the lock of its share group."""
+
+    cfg: MoEConfig
+
+    def _begin(self, built: Built) -> None:
+        self._group, self._executor = built.group, built.executor
+        # bound once: a call looks up as little as it can
+        self._run, self._capturing = built.executor.run, built.executor.capturing
+        self._max_tokens = built.group.options.max_tokens
+        self._counts = {"calls": 0, "chunks": 0, "routes": 0}
+        super()._begin(built)
+
+    def _forward(
+        self,
+        x: torch.Tensor,
+        topk: TopK,
+        out: torch.Tensor | None,
+        num_valid: torch.Tensor | None,
+        pad: str,
+    ) -> torch.Tensor:
+        with self._lock:
+            if self._refusal is not None:  # closed by another thread meanwhile
+                self._usable("forward")
+            capturing = self._capturing()
+            if capturing:
+                self._fits_capture("forward", rows_of("x", x, f"H={self.cfg.hidden_size}"))
+            result = self._own_result(x, capturing) if out is None else out
+            try:
+                key = call_key(x, topk, result, num_valid, pad)
+            except (AttributeError, RuntimeError):  # no tensor, or one without addresses
+                check_forward(self.cfg, self.device, x, topk, result, num_valid, pad)
+                raise
+            if len(key[4]) == 2 and key[4][0] > self._max_tokens:
+                return self._forward_chunks(x, topk, result, num_valid, pad)
+            self._run(key, x, topk, result, num_valid, capturing)
+            if out is None:
+                self._group.results_for(capturing).take_output()
+            self._counts["calls"] += 1
+        return result
+
+    def _own_result(self, x: torch.Tensor, capturing: bool) -> torch.Tensor:
+        """Where a call without out= puts its result."""
+        tokens = rows_of("x", x, f"H={self.cfg.hidden_size}")
+        if tokens > self._max_tokens:
+            return torch.empty_like(x)
+        return self._group.results_for(capturing).peek_output(tokens)
+
+    def _fits_capture(self, what: str, tokens: int) -> None:
+        if tokens > (most := self._group.largest_bucket):
+            raise StateError(
+                f"{what}: {tokens} rows inside a capture, the arena for captures holds the largest "
+                f"bucket, {most}; raise buckets="
+            )
+
+    def _forward_chunks(
+        self,
+        x: torch.Tensor,
+        topk: TopK,
+        out: torch.Tensor,
+        num_valid: torch.Tensor | None,
+        pad: str,
+    ) -> torch.Tensor:
+        """More than max_tokens rows: slices of max_tokens, each with its own share of the live count."""
+        check_forward(self.cfg, self.device, x, topk, out, num_valid, pad)
+        for start in range(0, x.shape[0], self._max_tokens):
+            rows = slice(start, start + self._max_tokens)
+            live = None
+            if num_valid is not None:
+                live = self._executor.rows_left(num_valid, start)
+            chunk = TopK(topk.weights[rows], topk.ids[rows])
+            self._forward(x[rows], chunk, out[rows], live, pad)
+            self._counts["calls"] -= 1
+            self._counts["chunks"] += 1
+        self._counts["calls"] += 1
+        return out
+
+    def _route(self, logits: torch.Tensor, num_valid: torch.Tensor | None) -> TopK:
+        group, tokens = self._group, logits.shape[0]
+        with group.lock:
+            self._usable("route")  # not closed by another thread meanwhile
+            capturing = self._capturing()
+            if capturing:
+                self._fits_capture("route", tokens)
+            out = group.results_for(capturing).next_topk(tokens)
+            if tokens:
+                self._executor.route(logits, out, num_valid, capturing)
+            self._counts["routes"] += 1
+        return out
