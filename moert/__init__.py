@@ -15,7 +15,7 @@ from moert.errors import (
 )
 
 if TYPE_CHECKING:
-    from moert.config import MoEConfig, Routing
+    from moert.config import MoEConfig, Quant, Routing
     from moert.runtime import MoERuntime
     from moert.steps.routing import route
     from moert.steps.sorting import SortedRows, sort
@@ -31,6 +31,7 @@ __all__ = [
     "MoEConfig",
     "MoERuntime",
     "MoertError",
+    "Quant",
     "Routing",
     "SortedRows",
     "StateError",
@@ -47,6 +48,7 @@ _MODULE_OF = {
     "ExpertWeights": "moert.weights",
     "MoEConfig": "moert.config",
     "MoERuntime": "moert.runtime",
+    "Quant": "moert.config",
     "Routing": "moert.config",
     "SortedRows": "moert.steps.sorting",
     "TopK": "moert.topk",

@@ -21,6 +21,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
 DTYPES = ("bfloat16", "float16", "float32")
 SCORINGS = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
+QUANT_FORMATS = ("int4",)
+GROUP_MULTIPLE = 32  # columns: half a block of the packed layout, so that no half has two scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,33 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class Quant:
+    """How the experts' matrices are stored; activations keep `MoEConfig.dtype`.
+
+    Args:
+        format: "int4": codes 0..15 with a scale, and maybe a zero point, for every group of columns of a row.
+        group_size: columns that share a scale: a positive multiple of 32, or -1 for a whole row. It need not
+            divide a matrix's columns: the last group of a row is shorter then.
+        symmetric: the zero point of every group is 8.
+    """
+
+    format: str = "int4"
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("quant.format", self.format, QUANT_FORMATS)
+        size = self.group_size
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        if not (whole and (size == -1 or (size > 0 and size % GROUP_MULTIPLE == 0))):
+            raise ConfigError(
+                f"quant.group_size={size!r} must be a positive multiple of {GROUP_MULTIPLE}, or -1 for one "
+                "group a row"
+            )
+        _truth("quant.symmetric", self.symmetric)
+
+
+@dataclass(frozen=True, slots=True)
 class MoEConfig:
     """One mixture-of-experts layer: shapes, activation, routing rule, dtype. Holds no tensors.
 
@@ -83,6 +112,7 @@ class MoEConfig:
         bias: the experts have biases b13 [E, 2I] and b2 [E, H].
         dtype: of weights and activations: "bfloat16", "float16" or "float32" (torch dtypes accepted).
         routing: a `Routing`, or a dict of its fields.
+        quant: None, or the `Quant` of the experts' weights, a dict of its fields, or the format alone.
         path: the checkpoint this description was read from; not part of equality.
 
     Raises:
@@ -100,6 +130,7 @@ class MoEConfig:
     bias: bool = False
     dtype: str = "bfloat16"
     routing: Routing = field(default_factory=Routing)
+    quant: Quant | None = None
     path: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +152,14 @@ class MoEConfig:
         if not isinstance(self.routing, Routing):
             raise ConfigError(
                 f"routing={self.routing!r} must be a moert.Routing or a dict of its fields"
+            )
+        if isinstance(self.quant, str):
+            object.__setattr__(self, "quant", Quant(self.quant))
+        if isinstance(self.quant, dict):
+            object.__setattr__(self, "quant", _build(Quant, self.quant, "quant"))
+        if not (self.quant is None or isinstance(self.quant, Quant)):
+            raise ConfigError(
+                f"quant={self.quant!r} must be None, a moert.Quant or a dict of its fields"
             )
         if self.activation == "swiglu_oai":
             if not self.gated:

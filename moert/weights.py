@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
-from moert.config import MoEConfig
+from moert.config import MoEConfig, Quant
 from moert.errors import WeightsError
+from moert.quantization.experts import (
+    check_replacement,
+    quant_of,
+    quantize_layer,
+    random_matrix,
+)
+from moert.quantization.int4_layout import Int4Matrix
+from moert.quantization.int4_skinny import SkinnyInt4, pack, unpack
+from moert.weights_check import check_weights
 
 # up to this many elements `random` draws on the CPU, so that every device gets the same values
 SAME_EVERYWHERE: Final = 1 << 24
-_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+Matrix: TypeAlias = torch.Tensor | Int4Matrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +31,7 @@ class ExpertWeights:
     """The weights of one layer; letters as in `moert.config`.
 
     Shapes are logical, strides are free as long as one of a matrix's two dimensions has stride 1: weights
-    stored transposed are a strided view.
+    stored transposed are a strided view. Both matrices may be int4, see `quantize`.
 
     Args:
         w13: [E, 2I, H], gate rows then up rows (or alternating, see `interleaved`); [E, I, H] ungated.
@@ -35,8 +44,8 @@ class ExpertWeights:
         interleaved: rows of w13 and b13 alternate gate, up (even = gate).
     """
 
-    w13: torch.Tensor
-    w2: torch.Tensor
+    w13: Matrix
+    w2: Matrix
     b13: torch.Tensor | None = None
     b2: torch.Tensor | None = None
     correction_bias: torch.Tensor | None = None
@@ -100,10 +109,12 @@ class ExpertWeights:
         outputs with a variance of order 1.
 
         A layer of at most 2**24 elements is drawn on the CPU and has the same values on every device; a
-        larger one is drawn on its own device, in place, and has other values on another kind of device.
+        larger one is drawn on its own device, in place, and has other values on another kind of device. Where
+        cfg.quant asks for int4, the matrices are rounded from such values; a large layer's are drawn and
+        rounded expert by expert, so that it never exists in full.
 
         Args:
-            cfg: shapes, dtype and which of the optional tensors there are.
+            cfg: shapes, dtype, quant and which of the optional tensors there are.
             seed: same seed, same values.
             device: where the tensors live.
         """
@@ -118,9 +129,18 @@ class ExpertWeights:
             return values.normal_(0.0, std, generator=generator).to(target)
 
         # a weighted mean over K experts has 1/K of one expert's variance: w2 makes up for it
-        optional: dict[str, Any] = {}
-        w13 = normal(hidden**-0.5, experts, cfg.w13_rows, hidden)
-        w2 = normal((cfg.top_k / inner) ** 0.5, experts, hidden, inner)
+        stds, optional = (hidden**-0.5, (cfg.top_k / inner) ** 0.5), dict[str, Any]()
+        shapes = ((experts, cfg.w13_rows, hidden), (experts, hidden, inner))
+        made: list[Matrix] = []
+        for i, (std, shape) in enumerate(zip(stds, shapes, strict=True)):
+            if cfg.quant is None or small:
+                made.append(normal(std, *shape))
+            else:
+                paired = i == 0 and cfg.gated
+                made.append(
+                    random_matrix(shape, std, cfg.quant, cfg.torch_dtype, generator, paired=paired)
+                )
+        w13, w2 = made
         optional["router_weight"] = normal(hidden**-0.5, experts, hidden)
         if cfg.bias:
             optional["b13"] = normal(0.1, experts, cfg.w13_rows)
@@ -128,7 +148,59 @@ class ExpertWeights:
             optional["router_bias"] = normal(0.1, experts)
         if cfg.routing.correction_bias:
             optional["correction_bias"] = normal(0.1, experts, dtype=torch.float32)
-        return cls(w13=w13, w2=w2, **optional)
+        weights = cls(w13=w13, w2=w2, **optional)
+        if cfg.quant is None or not small:
+            return weights
+        quant = cfg.quant
+        return weights.quantize(
+            quant.format, group_size=quant.group_size, symmetric=quant.symmetric
+        )
+
+    @classmethod
+    def from_skinny_int4(cls, w13: SkinnyInt4, w2: SkinnyInt4, **others: Any) -> ExpertWeights:
+        """Int4 weights from the layout of ROCm's skinny kernels, with the very codes, scales and zero points.
+
+        Args:
+            w13: [E, 2I, H] (gate rows, then up rows) or [E, I, H] ungated. w2: [E, H, I].
+            others: the floating tensors of the class, by name.
+
+        Raises:
+            WeightsError: shapes, dtypes or zero points that do not fit.
+        """
+        for name, given in (("w13", w13), ("w2", w2)):
+            if not isinstance(given, SkinnyInt4):
+                raise WeightsError(f"{name}: got {type(given).__name__}, need a SkinnyInt4")
+        gated = w13.codes.ndim == 3 and w13.codes.shape[1] == 2 * w2.columns
+        return cls(w13=pack(w13, "w13", paired=gated), w2=pack(w2, "w2", paired=False), **others)
+
+    def to_skinny_int4(self) -> tuple[SkinnyInt4, SkinnyInt4]:
+        """w13 and w2 in the layout of ROCm's skinny kernels: the exact inverse of `from_skinny_int4`.
+
+        Raises:
+            WeightsError: the weights are not int4.
+        """
+        if not (isinstance(self.w13, Int4Matrix) and isinstance(self.w2, Int4Matrix)):
+            raise WeightsError("w13: not int4, so there are no codes to export; quantize first")
+        return unpack(self.w13), unpack(self.w2)
+
+    def quantize(
+        self, format: str = "int4", *, group_size: int = 128, symmetric: bool = True
+    ) -> ExpertWeights:
+        """The same layer with rounded matrices; how: see `moert.quantization.int4_rounding`.
+
+        Biases, router and dtype of the activations stay; gate rows come before up rows. Extra memory beside
+        the result: a few experts'.
+
+        Args:
+            format, group_size, symmetric: see `Quant`.
+
+        Raises:
+            ConfigError: an unknown format or group size.
+            WeightsError: NaN or infinity among the weights, or weights that are int4 already.
+        """
+        quant = Quant(format, group_size, symmetric)
+        changed = quantize_layer(self.w13, self.w2, self.b13, self.interleaved, quant)
+        return replace(self, **changed)
 
     @classmethod
     def from_checkpoint(
@@ -140,7 +212,7 @@ class ExpertWeights:
         cfg: MoEConfig | None = None,
     ) -> ExpertWeights:
         """One layer of a Hugging Face checkpoint (config.json and safetensors), contiguous, gate rows
-        before up rows, in cfg.dtype.
+        before up rows, in cfg.dtype; int4 experts are packed as they are read.
 
         Args:
             path: local directory.
@@ -165,40 +237,65 @@ class ExpertWeights:
         return self.w13.dtype
 
     @property
+    def quant(self) -> Quant | None:
+        """How the matrices are stored: what a config for these weights says; None for floating ones."""
+        return quant_of(self.w13, self.w2)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all elements, shared storage counted once for each tensor that shows it."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are there, by name."""
+    def parts(self) -> dict[str, Matrix]:
+        """The fields that are there, by name."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in pairs if isinstance(value, torch.Tensor)}
+        return {n: value for n, value in pairs if isinstance(value, (torch.Tensor, Int4Matrix))}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by name; those of an int4 matrix as "w13.codes", "w13.scales", ..."""
+        found: dict[str, torch.Tensor] = {}
+        for name, part in self.parts().items():
+            if isinstance(part, Int4Matrix):
+                found |= {f"{name}.{inner}": tensor for inner, tensor in part.tensors().items()}
+            else:
+                found[name] = part
+        return found
 
     def to(self, device: str | torch.device) -> ExpertWeights:
         """The same weights on a device; itself where they are there already."""
         target = torch.device(device)
-        moved: dict[str, Any] = {k: t.to(target) for k, t in self.tensors().items()}
+        moved: dict[str, Any] = {name: part.to(target) for name, part in self.parts().items()}
         return replace(self, **moved)
 
-    def copy_(self, values: Mapping[str, torch.Tensor]) -> None:
+    def copy_(self, values: Mapping[str, Matrix]) -> None:
         """Copy new values into the tensors in place, all of them or none.
 
+        An int4 matrix takes an `Int4Matrix` of the same layout: floating values would have to be rounded.
+
         Raises:
-            WeightsError: a name that is not here, or another shape; nothing was changed.
+            WeightsError: a name that is not here, or another shape or layout; nothing was changed.
         """
-        mine = self.tensors()
+        mine = self.parts()
         for name, value in values.items():
             if name not in mine:
                 raise WeightsError(f"{name}: not among these weights ({', '.join(mine)})")
-            if not isinstance(value, torch.Tensor) or value.shape != mine[name].shape:
+            part = mine[name]
+            if isinstance(part, Int4Matrix):
+                check_replacement(name, part, value)
+            elif not isinstance(value, torch.Tensor) or value.shape != part.shape:
                 given = (
                     list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 )
-                raise WeightsError(f"{name}: got {given}, need {list(mine[name].shape)}")
+                raise WeightsError(f"{name}: got {given}, need {list(part.shape)}")
         # in inference mode any tensor may be written, those made in it and those made outside
         with torch.inference_mode():
             for name, value in values.items():
-                mine[name].copy_(value)
+                part = mine[name]
+                if isinstance(part, Int4Matrix) and isinstance(value, Int4Matrix):
+                    for inner, tensor in part.tensors().items():
+                        tensor.copy_(value.tensors()[inner])
+                elif isinstance(part, torch.Tensor) and isinstance(value, torch.Tensor):
+                    part.copy_(value)
 
     def check(self, cfg: MoEConfig) -> None:
         """Refuse weights that do not fit the description.
@@ -208,55 +305,4 @@ class ExpertWeights:
         Raises:
             WeightsError: the tensor, what it is and what is needed.
         """
-        experts, hidden, rows = cfg.num_experts, cfg.hidden_size, cfg.w13_rows
-        shapes = {
-            "w13": (experts, rows, hidden),
-            "w2": (experts, hidden, cfg.intermediate_size),
-            "b13": (experts, rows),
-            "b2": (experts, hidden),
-            "correction_bias": (experts,),
-            "router_weight": (experts, hidden),
-            "router_bias": (experts,),
-        }
-        tensors = self.tensors()
-        for name, wanted in (("b13", cfg.bias), ("b2", cfg.bias)):
-            if wanted and name not in tensors:
-                raise WeightsError(f"{name}: missing, need {list(shapes[name])} because bias=True")
-            if name in tensors and not wanted:
-                raise WeightsError(f"{name}: given, but the config says bias=False")
-        if self.correction_bias is not None and not cfg.routing.correction_bias:
-            raise WeightsError(
-                "correction_bias: given, but the config says routing.correction_bias=False"
-            )
-        if self.interleaved and not cfg.gated:
-            raise WeightsError(
-                "interleaved: True, but the config says gated=False: there are no gate rows"
-            )
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes[name]:
-                raise WeightsError(f"{name}: shape {list(tensor.shape)}, need {list(shapes[name])}")
-            if tensor.dtype not in _dtypes_of(name, cfg.torch_dtype):
-                needed = " or ".join(str(dtype) for dtype in _dtypes_of(name, cfg.torch_dtype))
-                raise WeightsError(f"{name}: dtype {tensor.dtype}, need {needed}")
-            if tensor.device != self.device:
-                raise WeightsError(
-                    f"{name}: device {tensor.device}, need {self.device}, where w13 is"
-                )
-        for name in ("w13", "w2"):
-            _check_strides(name, tensors[name])
-
-
-def _dtypes_of(name: str, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    if name in ("w13", "w2"):
-        return (dtype,)
-    if name in ("b13", "b2"):
-        return tuple(dict.fromkeys((dtype, torch.float32)))
-    return (torch.float32,) if name == "correction_bias" else _FLOATS
-
-
-def _check_strides(name: str, tensor: torch.Tensor) -> None:
-    dims = ((tensor.shape[1], tensor.stride(1)), (tensor.shape[2], tensor.stride(2)))
-    if not any(stride == 1 or size == 1 for size, stride in dims):
-        raise WeightsError(
-            f"{name}: strides {list(tensor.stride())}, need stride 1 in dimension 1 or 2"
-        )
+        check_weights(self, cfg)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moert.config import MoEConfig, Routing
+from moert.config import MoEConfig, Quant, Routing
 from moert.errors import ConfigError, MoertError
 
 BASE: dict[str, Any] = {
@@ -56,6 +56,14 @@ REFUSED = [
     ("scale-none", {"routing": {"scaling_factor": None}}, ["scaling_factor=None", "number"]),
     ("renormalize", {"routing": {"renormalize": "no"}}, ["renormalize='no'", "True or False"]),
     ("correction", {"routing": {"correction_bias": 1}}, ["correction_bias=1", "True or False"]),
+    ("quant-type", {"quant": 4}, ["quant=4", "moert.Quant"]),
+    ("quant-format", {"quant": "int3"}, ["quant.format='int3'", "int4"]),
+    ("quant-field", {"quant": {"bits": 4}}, ["quant", "bits", "group_size"]),
+    ("group-odd", {"quant": {"group_size": 100}}, ["quant.group_size=100", "multiple of 32"]),
+    ("group-zero", {"quant": {"group_size": 0}}, ["quant.group_size=0"]),
+    ("group-minus", {"quant": {"group_size": -32}}, ["quant.group_size=-32", "-1"]),
+    ("group-float", {"quant": {"group_size": 32.0}}, ["quant.group_size=32.0"]),
+    ("symmetric", {"quant": {"symmetric": 1}}, ["quant.symmetric=1", "True or False"]),
     ("gated", {"gated": "yes"}, ["gated='yes'", "True or False"]),
     ("bias", {"bias": 0}, ["bias=0", "True or False"]),
     ("limit-text", {"activation_limit": "7"}, ["activation_limit='7'", "number"]),
@@ -88,8 +96,9 @@ def test_refuses_with_field_value_and_bound(overrides: dict[str, Any], words: li
         {"top_k": 8},
         {"top_k": 4, "routing": {"scoring": "sigmoid", "num_groups": 4, "top_groups": 2}},
         {"routing": Routing(scoring="sqrtsoftplus", scaling_factor=2.5, correction_bias=True)},
+        {"quant": Quant("int4", -1, symmetric=False)},
     ],
-    ids=["plain", "dtype", "oai", "ungated", "all-experts", "groups", "scaled"],
+    ids=["plain", "dtype", "oai", "ungated", "all-experts", "groups", "scaled", "quant"],
 )
 def test_repr_round_trips(overrides: dict[str, Any]) -> None:
     cfg = config(**overrides)
@@ -107,6 +116,7 @@ def test_equality_sees_every_field_but_path() -> None:
         ("activation", "gelu"),
         ("activation_limit", 5.0),
         ("routing", Routing(renormalize=False)),
+        ("quant", Quant()),
     ):
         assert config() != config(**{name: other}), name
 
@@ -119,6 +129,9 @@ def test_derived_values() -> None:
     assert config(activation="swiglu_oai").activation_limit == 7.0
     assert config(activation="swiglu_oai", activation_limit=3.0).activation_limit == 3.0
     assert config().activation_limit is None
+    assert config(quant="int4").quant == Quant("int4", 128, symmetric=True)
+    assert config(quant={"group_size": 96}).quant == Quant(group_size=96)
+    assert config(quant=Quant()) != config(quant=Quant(group_size=64))
 
 
 def test_numbers_and_paths_have_one_form() -> None:

@@ -75,6 +75,8 @@ class AiterBackend(Backend):
             return "AITER is for ROCm devices"
         if facts.warp_size != 64:
             return f"AITER's GEMMs are for CDNA devices, {facts.name} ({facts.arch}) is none"
+        if cfg.quant is not None:
+            return f"quant={cfg.quant}: reads floating weights only"
         sequence = SEQUENCES.get(cfg.dtype)
         if sequence is None:
             return f"dtype={cfg.dtype!r} is not one of {', '.join(SEQUENCES)}"

@@ -8,19 +8,30 @@ import torch
 
 from moert.arena import Field
 from moert.config import MoEConfig
-from moert.weights import ExpertWeights
+from moert.quantization.int4_layout import empty_matrix
+from moert.weights import ExpertWeights, Matrix
 
 
 def absent_weights(
     cfg: MoEConfig, *, interleaved: bool = False, transposed: bool = False
 ) -> ExpertWeights:
-    """Weights of a layer without storage, in the layout asked for; see `ExpertWeights`."""
+    """Weights of a layer without storage, in the layout asked for; see `ExpertWeights`.
+
+    int4 weights have one layout, whatever is asked for.
+    """
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=cfg.torch_dtype, device="meta")
 
     experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
-    if transposed:
+    w13: Matrix
+    w2: Matrix
+    if cfg.quant is not None:
+        where = (cfg.quant, cfg.torch_dtype, "meta")
+        w13 = empty_matrix(experts, cfg.w13_rows, hidden, *where, paired=cfg.gated)
+        w2 = empty_matrix(experts, hidden, inner, *where, paired=False)
+        interleaved = False
+    elif transposed:
         w13 = empty(experts, hidden, cfg.w13_rows).transpose(1, 2)
         w2 = empty(experts, inner, hidden).transpose(1, 2)
     else:

@@ -11,17 +11,23 @@ from moert.steps.activation import activate_reference
 from moert.topk import TopK
 
 
+class ExpertMatrix(Protocol):
+    """[E, N, K]: a tensor, or a quantised matrix that dequantises an expert's [N, K] where it is indexed."""
+
+    def __getitem__(self, expert: int, /) -> torch.Tensor: ...
+
+
 class ExpertTensors(Protocol):
-    """The tensors of one layer's experts, logical shapes, any strides.
+    """The tensors of one layer's experts, logical shapes, any strides or quantised.
 
     w13 [E, 2I, H] (gate rows then up rows, or alternating if `interleaved`; [E, I, H] without a
     gate), w2 [E, H, I], b13 [E, 2I] and b2 [E, H] or None.
     """
 
     @property
-    def w13(self) -> torch.Tensor: ...
+    def w13(self) -> ExpertMatrix: ...
     @property
-    def w2(self) -> torch.Tensor: ...
+    def w2(self) -> ExpertMatrix: ...
     @property
     def b13(self) -> torch.Tensor | None: ...
     @property
@@ -39,7 +45,7 @@ def experts_reference(
         x: [T, H], any float dtype; not modified.
         topk: routing; an id outside 0..E-1 contributes zero, an id that a token names twice counts
             twice.
-        weights: the experts' tensors, any float dtype.
+        weights: the experts' tensors, any float dtype or quantised.
 
     Returns:
         [T, H] float32.
