@@ -21,38 +21,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import torch  # noqa: E402
 import triton  # noqa: E402
 from device_timing import captured, device_us, read_us  # noqa: E402
-from layer_chain import Chain, make_chain, make_layers  # noqa: E402
+from layer_chain import MAX_ERROR, check, layer_count, make_chain, make_layers  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 
 from moert.config import MoEConfig  # noqa: E402
 from moert.device import device_facts  # noqa: E402
-from moert.steps.experts_reference import experts_reference  # noqa: E402
-from moert.topk import TopK  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-MAX_ERROR = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-5}
-LAYER_BYTES = 24 << 30  # of weights of a chain, at most
-
-
-def layer_count(cfg: MoEConfig) -> int:
-    """4 to 8 layers, as many as fit LAYER_BYTES."""
-    rows = cfg.w13_rows + cfg.intermediate_size
-    layer = cfg.num_experts * rows * cfg.hidden_size * cfg.torch_dtype.itemsize
-    return max(4, min(8, LAYER_BYTES // layer))
-
-
-def check(chain: Chain) -> float:
-    """Relative L2 error of the first layer against the fp32 reference, on up to 16 rows."""
-    layer, topk, x, out = chain.layers[0], chain.topks[0], chain.rows[0], chain.rows[1]
-    out.fill_(float("nan"))
-    layer.forward(x, topk, out)
-    rows = slice(0, x.shape[0], max(1, x.shape[0] // 16))
-    sample = TopK(topk.weights[rows], topk.ids[rows])
-    expected = experts_reference(x[rows], sample, layer.weights, layer.cfg)
-    error = float((out[rows].float() - expected).norm() / expected.norm())
-    if not error <= MAX_ERROR[layer.cfg.dtype] or out.isnan().any():
-        raise SystemExit(f"wrong result, relative error {error:.1e}: nothing is timed")
-    return error
 
 
 def measure(name: str, cfg: MoEConfig, tokens: tuple[int, ...]) -> dict[str, Any]:

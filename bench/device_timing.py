@@ -4,19 +4,21 @@ weights.
 How a figure is taken: every layer of a chain has its own weights and its own random routing, each
 layer's out is the next one's x, and one replay of the chain touches several times the last-level
 cache. Replays run back to back; an event pair encloses a group of them; the median group counts.
-Variants are interleaved in rounds.
+Variants are interleaved in rounds. On a machine without a GPU the same functions time the same work on the
+host's clock, without graphs: enough to see that a benchmark runs, not what a GPU would take.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 
 import torch
-import triton
-import triton.language as tl
 
-Run = Callable[[], None]
+Run = Callable[[], object]
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 def captured(run: Run) -> torch.cuda.CUDAGraph:
@@ -32,27 +34,46 @@ def captured(run: Run) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def device_us(
+def replayable(run: Run) -> Run:
+    """What repeats `run` as cheaply as the device can: the replay of a graph on a GPU."""
+    return captured(run).replay if GPU else run
+
+
+def device_samples(
     variants: Mapping[str, Run], target_ms: float = 8.0, rounds: int = 9
-) -> dict[str, float]:
-    """Median device time of one run of each variant in microseconds, interleaved.
+) -> dict[str, list[float]]:
+    """Device times of one run of each variant in microseconds, one a round, interleaved.
 
     Args:
         variants: enqueue work on the current stream, which must not be the legacy null stream.
         target_ms: device time of one group of runs between two events.
         rounds: groups of each variant.
     """
-    counts, samples = {}, {name: [] for name in variants}
+    counts: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
     for name, run in variants.items():
         run()
         counts[name] = max(2, int(target_ms * 1e3 / max(_group_us(run, 3), 1.0)))
     for _ in range(rounds):
         for name, run in variants.items():
             samples[name].append(_group_us(run, counts[name]))
+    return samples
+
+
+def device_us(
+    variants: Mapping[str, Run], target_ms: float = 8.0, rounds: int = 9
+) -> dict[str, float]:
+    """Medians of `device_samples`."""
+    samples = device_samples(variants, target_ms, rounds)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def _group_us(run: Run, count: int) -> float:
+    if not GPU:
+        begin = time.perf_counter()
+        for _ in range(count):
+            run()
+        return (time.perf_counter() - begin) * 1e6 / count
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     # the host gets ahead of the device, so that no launch is waited for
@@ -65,34 +86,27 @@ def _group_us(run: Run, count: int) -> float:
     return start.elapsed_time(end) * 1e3 / count
 
 
-def host_us(run: Run, count: int = 20, rounds: int = 25) -> float:
-    """Median host time of one run in microseconds; few enough at a time that no queue fills up."""
-    import time
-
+def host_samples(run: Run, count: int = 20, rounds: int = 25) -> list[float]:
+    """Host times of one run in microseconds; few enough runs at a time that no queue fills up."""
     samples = []
     for _ in range(rounds):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(count):
             run()
         samples.append((time.perf_counter() - start) * 1e6 / count)
-    torch.cuda.synchronize()
-    return statistics.median(samples)
+    synchronize()
+    return samples
 
 
-@triton.jit
-def _read_kernel(data, sink, size, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    acc = tl.zeros((BLOCK,), tl.int32)
-    lane = tl.arange(0, BLOCK)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK * UNROLL
-    start = tl.program_id(0).to(tl.int64) * BLOCK * UNROLL
-    for base in range(start, size, step):
-        for part in tl.static_range(UNROLL):
-            at = base + part * BLOCK + lane
-            acc ^= tl.load(data + at, mask=at < size, other=0)
-    # practically never true, but the compiler cannot know
-    if tl.sum(acc, 0) == 0x1234567:
-        tl.store(sink, 1)
+def host_us(run: Run, count: int = 20, rounds: int = 25) -> float:
+    """Median of `host_samples`."""
+    return statistics.median(host_samples(run, count, rounds))
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
 
 
 READ_CONFIGS = (
@@ -111,6 +125,8 @@ def read_us(nbytes: int, layers: int) -> float:
         nbytes: of one read.
         layers: reads in a row, each of its own memory.
     """
+    from read_kernel import read_kernel
+
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
     words = nbytes // 4
     data = torch.randint(0, 1 << 30, (layers, words), dtype=torch.int32, device="cuda")
@@ -122,7 +138,7 @@ def read_us(nbytes: int, layers: int) -> float:
             block: int = block, unroll: int = unroll, waves: int = waves, warps: int = warps
         ) -> None:
             for row in data:
-                _read_kernel[(units * waves,)](row, sink, words, block, unroll, num_warps=warps)
+                read_kernel[(units * waves,)](row, sink, words, block, unroll, num_warps=warps)
 
         graphs[f"{block}x{unroll}x{waves}"] = captured(run).replay
     stream = torch.cuda.Stream()
