@@ -86,6 +86,7 @@ def side_stream() -> Iterator[None]:
     if not GPU:
         yield
         return
+    torch.cuda.synchronize()  # fixtures of the module have filled tensors on another stream
     with torch.cuda.stream(torch.cuda.Stream()):
         yield
 

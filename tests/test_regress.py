@@ -209,9 +209,12 @@ def test_smoke_run_of_the_benchmarks_here(tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     assert {"device", "driver", "torch", "triton", "moert"} <= set(report["machine_info"])
     groups = {b["group"].split(" ")[0] for b in report["benchmarks"]}
-    assert {"decode", "host", "routing", "sort", "start-up"} <= groups
+    assert {"decode", "host", "routing", "sort", "start-up", "versus"} <= groups
     decode = [b for b in report["benchmarks"] if b["group"].startswith("decode")]
     assert all({"tokens", "plan", "GB_per_s"} <= set(b["extra_info"]) for b in decode)
+    others = [b["name"] for b in report["benchmarks"] if b["extra_info"].get("reference")]
+    assert any("torch-grouped_mm" in name for name in others)
+    assert any("transformers-grouped_mm" in name for name in others)
     (sizes,) = report["bytes"].values()
     assert sizes["arena"] > 0
 
