@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import torch  # noqa: E402
 import triton  # noqa: E402
 from device_timing import captured, device_us, read_us  # noqa: E402
-from layer_chain import MAX_ERROR, check, layer_count, make_chain, make_layers  # noqa: E402
-from shapes import SHAPES  # noqa: E402
+from layer_chain import check, layer_count, make_chain, make_layers  # noqa: E402
+from shapes import FORMATS, SHAPES, in_format  # noqa: E402
 
 from moert.config import MoEConfig  # noqa: E402
 from moert.device import device_facts  # noqa: E402
@@ -67,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
-    parser.add_argument("--dtype", default="bfloat16", choices=list(MAX_ERROR))
+    parser.add_argument("--dtype", default="bfloat16", choices=list(FORMATS), help="or format")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     facts = device_facts(torch.device("cuda", torch.cuda.current_device()))
@@ -80,7 +79,7 @@ def main() -> None:
     out = args.out or ROOT / "bench" / "results" / facts.slug
     out.mkdir(parents=True, exist_ok=True)
     for name in args.shape:
-        cfg = replace(SHAPES[name], dtype=args.dtype)
+        cfg = in_format(SHAPES[name], args.dtype)
         report["shapes"][name] = measure(name, cfg, tuple(args.tokens))
         # written after every shape: an interruption keeps what there is
         path = out / f"layer-{args.dtype}.json"

@@ -72,12 +72,26 @@ class Chain:
         return found
 
 
+def expert_bytes(cfg: MoEConfig) -> int:
+    """Both matrices of one expert: codes of half a byte and the scales of groups where they are int4."""
+    hidden, inner, wide = cfg.hidden_size, cfg.intermediate_size, cfg.torch_dtype.itemsize
+    matrices = ((cfg.w13_rows, hidden), (hidden, inner))
+    if cfg.quant is None:
+        return sum(rows * columns for rows, columns in matrices) * wide
+    total = 0
+    for rows, columns in matrices:
+        size = cfg.quant.group_size
+        groups = 1 if size == -1 else -(-columns // size)
+        per_group = wide if cfg.quant.symmetric else 2 * wide
+        total += rows * columns // 2 + rows * groups * per_group
+    return total
+
+
 def hit_bytes(cfg: MoEConfig, ids: torch.Tensor) -> int:
     """Weights of the distinct experts that are hit, activations in and out, ids and weights."""
     distinct = int(ids.unique().numel())
-    expert = (cfg.w13_rows + cfg.intermediate_size) * cfg.hidden_size * cfg.torch_dtype.itemsize
     rows = 2 * ids.shape[0] * cfg.hidden_size * cfg.torch_dtype.itemsize
-    return distinct * expert + rows + ids.numel() * 8
+    return distinct * expert_bytes(cfg) + rows + ids.numel() * 8
 
 
 def floor_us(cfg: MoEConfig, ids: torch.Tensor) -> float:
@@ -88,9 +102,7 @@ def floor_us(cfg: MoEConfig, ids: torch.Tensor) -> float:
 
 def layer_count(cfg: MoEConfig) -> int:
     """4 to 8 layers, as many as fit LAYER_BYTES."""
-    rows = cfg.w13_rows + cfg.intermediate_size
-    layer = cfg.num_experts * rows * cfg.hidden_size * cfg.torch_dtype.itemsize
-    return max(4, min(8, LAYER_BYTES // layer))
+    return max(4, min(8, LAYER_BYTES // (cfg.num_experts * expert_bytes(cfg))))
 
 
 def make_layers(cfg: MoEConfig, count: int, **options: Any) -> list[MoERuntime]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from device_timing import GPU
 from layer_chain import layer_count
-from shapes import SHAPES
+from shapes import SHAPES, in_format
 
 from moert.config import MoEConfig
 
@@ -71,7 +71,7 @@ class Matrix:
         cases = []
         for form, names in self.formats.items():
             for name in names:
-                cfg = replace(self.shapes[name], dtype=form)
+                cfg = in_format(self.shapes[name], form)
                 cases.append(LayerCase(form, name, cfg, 2 if self.smoke else layer_count(cfg)))
         return cases
 
@@ -95,7 +95,10 @@ class Matrix:
 
 
 FULL = Matrix(
-    formats={"bfloat16": tuple(SHAPES), "float16": (USUAL, "gpt-oss-120b")},
+    formats={
+        "bfloat16": tuple(SHAPES),
+        "float16": (USUAL, "gpt-oss-120b"),
+    },
     shapes=SHAPES,
     tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     versus_tokens=(1, 8, 64, 512),

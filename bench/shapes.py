@@ -1,8 +1,11 @@
-"""Layers of public models that figures are taken on: one dictionary, no code looks at a name."""
+"""Layers of public models that figures are taken on, and the formats: no code looks at a name."""
 
 from __future__ import annotations
 
-from moert.config import MoEConfig
+from dataclasses import replace
+from typing import Any
+
+from moert.config import MoEConfig, Quant
 
 SHAPES = {
     "mixtral-8x7b": MoEConfig(8, 2, 4096, 14336),
@@ -12,3 +15,16 @@ SHAPES = {
     "minimax-m2.5-tp4": MoEConfig(256, 8, 3072, 384),
     "qwen3-next-80b": MoEConfig(512, 10, 2048, 512),
 }
+
+# what a format changes of a shape
+FORMATS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "float32": {"dtype": "float32"},
+    "int4": {"dtype": "bfloat16", "quant": Quant("int4", group_size=128)},
+}
+
+
+def in_format(cfg: MoEConfig, name: str) -> MoEConfig:
+    """A shape in a format of FORMATS."""
+    return replace(cfg, **FORMATS[name])
