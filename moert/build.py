@@ -22,7 +22,7 @@ from moert.backends.registry import select_backend
 from moert.config import MoEConfig
 from moert.device import device_facts
 from moert.env import SORT_POLICIES, TUNE_MODES, Env, read_env
-from moert.errors import ConfigError, WeightsError
+from moert.errors import ConfigError, StateError, WeightsError
 from moert.host_executor import HostExecutor
 from moert.plan import PlanReport
 from moert.share import Options, ShareGroup
@@ -46,6 +46,7 @@ class Built:
     weights: ExpertWeights
     executor: Any
     notes: tuple[str, ...]
+    kind: type[Backend]
 
     def report(self) -> PlanReport:
         group = self.group
@@ -145,7 +146,7 @@ def _build(
     refuse_inside_capture(place, "MoERuntime")
     # whatever can be refused is, before a checkpoint is read
     if share is not None:
-        kind, notes = type(share.backend), share.notes
+        kind, notes = share.kind, share.notes
         weights = _weights(cfg, weights, layer, place)
         group = share.group
     else:
@@ -168,6 +169,8 @@ def _assemble(
     env: Env,
 ) -> Built:
     with group.lock:
+        if group.closed:  # by another thread, since share= was looked at
+            raise StateError("share: the runtime is closed; make a new MoERuntime")
         if not group.plans:
             group.plans = plan_buckets(
                 backend,
@@ -178,6 +181,7 @@ def _assemble(
                 notes=group.notes,
             )
             group.make_arenas()
+            group.labels.prepare(group.plans)
         executor: Any
         if group.device.type == "cuda":
             from moert.device_executor import DeviceExecutor
@@ -186,7 +190,7 @@ def _assemble(
         else:
             executor = HostExecutor(group, backend)
         group.join(executor)
-    return Built(group, backend, weights, executor, notes)
+    return Built(group, backend, weights, executor, notes, type(backend))
 
 
 def plan_sizes(options: Options) -> list[tuple[int, bool]]:

@@ -10,12 +10,12 @@ import torch
 import triton
 
 from moert.backends.base import Backend, Program
-from moert.backends.triton import CompiledProgram
-from moert.call import Key, call_key
+from moert.call import Key
+from moert.capture import StartUpRows, capture_plans
 from moert.checks import check_forward, plainly_fine
 from moert.errors import StateError
-from moert.graph_nodes import GraphDriver
 from moert.graphs import CapturedPlan
+from moert.labels import profiling
 from moert.plan import Plan
 from moert.share import ShareGroup
 from moert.topk import TopK
@@ -53,8 +53,13 @@ class DeviceExecutor:
         self._slot_of = [0] + [
             bisect_left(self._limits, t) for t in range(1, group.options.max_tokens + 1)
         ]
+        if not group.members:
+            group.notes.append(
+                f"tensors that are not 16-byte aligned take the plan of {self._limits[-1]} tokens, kernel by "
+                "kernel with narrower loads: other bits than aligned ones"
+            )
         self._warm_up()
-        if group.options.graphs == "own":
+        if any(plan.captured for plan in group.plans):
             self._capture()
         self._null_stream = group.null_stream
 
@@ -106,7 +111,11 @@ class DeviceExecutor:
             self.counts["rebinds"] += 1
         if raw != self._order.last_raw:
             self._order.switch(raw)
-        graph.launch(raw or self._null_stream)
+        if profiling():
+            with self.group.labels.replay(graph.bucket):
+                graph.launch(raw or self._null_stream)
+        else:
+            graph.launch(raw or self._null_stream)
         if self._order.record_each:
             self._order.record()
         self.counts["replays"] += 1
@@ -145,14 +154,19 @@ class DeviceExecutor:
         raw = self._current_stream(self._index)
         if not capturing and raw != self._order.last_raw:
             self._order.switch(raw)
-        self._router.run(logits, out, num_valid, raw)
+        if profiling():
+            with self.group.labels.step("route", logits.shape[0]):
+                self._router.run(logits, out, num_valid, raw)
+        else:
+            self._router.run(logits, out, num_valid, raw)
         if not capturing and self._order.record_each:
             self._order.record()
 
     def _run_eager(self, raw: int, program: Program) -> None:
         if raw != self._order.last_raw:
             self._order.switch(raw)
-        (program if self._call.aligned else self._unaligned).run(self._call, raw)
+        program = program if self._call.aligned else self._unaligned
+        program.launch(self._call, raw, self.group.labels)
         if self._order.record_each:
             self._order.record()
         self.counts["eager"] += 1
@@ -163,16 +177,18 @@ class DeviceExecutor:
         if not self._call.aligned:
             assert self._foreign_unaligned is not None
             program = self._foreign_unaligned
-        program.run(self._call, raw)
+        program.launch(self._call, raw, self.group.labels)
         self.counts["captured"] += 1
 
     def _warm_up(self) -> None:
         """Load and run every kernel once on the capture stream: later launches allocate nothing."""
-        stream = self.group.capture_stream
+        group, stream = self.group, self.group.capture_stream
+        if group.members:
+            torch.cuda.synchronize(group.device)  # their calls use the arena, on whichever streams
         # the weights may still be on their way, and who used the arena's memory before may not be done
-        stream.wait_stream(torch.cuda.current_stream(self.group.device))
+        stream.wait_stream(torch.cuda.current_stream(group.device))
         with torch.cuda.stream(stream):
-            rows = _WarmUpRows(self.group, self._limits[-1])
+            rows = StartUpRows(group, self._limits[-1])
             programs = [
                 *zip(self._programs, self._limits, strict=True),
                 *zip(self._foreign, self._limits, strict=False),
@@ -181,56 +197,24 @@ class DeviceExecutor:
             ]
             for program, limit in programs:
                 if program is not None:
-                    self._set(*rows.first(limit))
-                    program.run(self._call, stream.cuda_stream)
+                    rows.set(limit)
+                    program.launch(self._call, stream.cuda_stream, group.labels)
         self._call.release()
         stream.synchronize()
 
     def _capture(self) -> None:
-        """One graph per bucket, largest first; each is replayed once so that it is resident."""
+        """The graphs; where there can be none, the plans say so."""
         group = self.group
         try:
-            group.driver = group.driver or GraphDriver(hip=group.facts.kind == "hip")
-            if not group.null_stream and group.facts.kind == "cuda":
-                group.null_stream = group.driver.create_blocking_stream()
-            free = torch.cuda.mem_get_info(group.device)[0]
-            rows = _WarmUpRows(group, group.largest_bucket)
-            for slot in reversed(range(len(group.plans))):
-                if group.plans[slot].captured:
-                    self._graphs[slot] = self._capture_one(slot, rows)
-            group.capture_stream.synchronize()
-            group.graph_bytes += max(0, free - torch.cuda.mem_get_info(group.device)[0])
+            self._graphs = capture_plans(group, self._programs)
         except StateError as error:
-            self._graphs = [None] * len(group.plans)
+            if group.members:
+                group.notes.append(f"a layer has no graphs, its kernels go one by one: {error}")
+                return
             group.plans = tuple(replace(plan, captured=False) for plan in group.plans)
             group.notes.append(
                 f"no graphs on this device, kernels are launched one by one: {error}"
             )
-
-    def _capture_one(self, slot: int, rows: _WarmUpRows) -> CapturedPlan:
-        group, plan, program = self.group, self.group.plans[slot], self._programs[slot]
-        assert isinstance(program, CompiledProgram) and group.driver is not None
-        stream = group.capture_stream
-        with torch.cuda.stream(stream):
-            first, second = rows.first(plan.tokens), rows.last(plan.tokens)
-            self._set(*first)
-            graph = CapturedPlan(program, plan.tokens, self._call, stream, group.pool, group.driver)
-            graph.launch(stream.cuda_stream)
-            if slot == 0:
-                # the driver really does update nodes: other addresses, same bits as an eager launch
-                self._set(*second)
-                program.run(self._call, stream.cuda_stream)
-                expected = second[2].clone()
-                second[2].fill_(float("nan"))
-                graph.update()
-                graph.launch(stream.cuda_stream)
-                if not torch.equal(second[2], expected):
-                    raise StateError("a replay with updated nodes differs from an eager launch")
-        self._call.release()
-        return graph
-
-    def _set(self, x: torch.Tensor, topk: TopK, out: torch.Tensor) -> None:
-        self._call.set(call_key(x, topk, out, None, "keep"), x, topk, out, None)
 
     def close(self) -> None:
         for graph in self._graphs:
@@ -239,33 +223,3 @@ class DeviceExecutor:
         self._graphs, self._programs, self._foreign = [], [], []
         # every program keeps its arena alive
         del self._unaligned, self._foreign_unaligned, self._router, self.backend
-
-
-class _WarmUpRows:
-    """Random tensors of up to `tokens` rows for calls made at start-up; freed after it."""
-
-    def __init__(self, group: ShareGroup, tokens: int) -> None:
-        cfg, device = group.cfg, group.device
-        generator = torch.Generator(device).manual_seed(0)
-        # one row more, so that the last rows are at other addresses than the first
-        shape = (tokens + 1, cfg.hidden_size)
-        x = torch.randn(shape, generator=generator, device=device)
-        self.x = x.to(cfg.torch_dtype)
-        self.out = torch.empty_like(self.x)
-        scores = torch.rand(tokens + 1, cfg.num_experts, generator=generator, device=device)
-        self.ids = scores.topk(cfg.top_k, dim=1).indices.to(torch.int32)
-        self.weights = torch.full_like(self.ids, 1.0 / cfg.top_k, dtype=torch.float32)
-
-    def first(self, tokens: int) -> tuple[torch.Tensor, TopK, torch.Tensor]:
-        return (
-            self.x[:tokens],
-            TopK(self.weights[:tokens], self.ids[:tokens]),
-            self.out[:tokens],
-        )
-
-    def last(self, tokens: int) -> tuple[torch.Tensor, TopK, torch.Tensor]:
-        return (
-            self.x[-tokens:],
-            TopK(self.weights[-tokens:], self.ids[-tokens:]),
-            self.out[-tokens:],
-        )

@@ -10,6 +10,7 @@ two structures and few functions needed are declared here.
 from __future__ import annotations
 
 import ctypes
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from moert.errors import StateError
@@ -72,7 +73,7 @@ class GraphDriver:
         self.params_type = _HipKernelNodeParams if hip else _CudaKernelNodeParams
 
     def kernel_nodes(self, raw_graph: int) -> list[ctypes.c_void_p]:
-        """The kernel nodes of a captured graph in capture order.
+        """The kernel nodes of a captured graph, in the order the driver lists them.
 
         Raises:
             StateError: the graph holds anything but kernels.
@@ -113,15 +114,31 @@ class GraphDriver:
             raise StateError(f"graph driver: {what} returned error {code}")
 
 
+def launch_order(listed: Sequence[int], launched: Sequence[int]) -> list[int]:
+    """Where each launch is among the listed nodes, told by the functions of both.
+
+    Drivers promise no order of a graph's nodes; the ones known list them as they were captured. That is taken
+    for launches of one function, and where a driver names functions by other handles: whichever node is
+    taken for which, `moert.capture` compares a replay of every graph with an eager launch.
+    """
+    if Counter(listed) != Counter(launched):
+        return list(range(len(listed)))
+    places: dict[int, deque[int]] = {}
+    for place, function in enumerate(listed):
+        places.setdefault(function, deque()).append(place)
+    return [places[function].popleft() for function in launched]
+
+
 class NodeUpdater:
     """Rewrites chosen arguments of all kernel nodes of one instantiated graph from fixed addresses.
 
     Args:
         driver: the entry points.
         raw_graph, raw_exec: `CUDAGraph.raw_cuda_graph()` and `.raw_cuda_graph_exec()`.
-        slots: for each kernel in capture order, {index of the argument among the compiled kernel's
+        slots: for each kernel in launch order, {index of the argument among the compiled kernel's
             parameters: address of its value}; the memory must outlive this object.
         param_counts: how many parameters each compiled kernel takes.
+        functions: the driver's handle of each compiled kernel.
     """
 
     def __init__(
@@ -131,6 +148,7 @@ class NodeUpdater:
         raw_exec: int,
         slots: Sequence[dict[int, int]],
         param_counts: Sequence[int],
+        functions: Sequence[int],
     ) -> None:
         nodes = driver.kernel_nodes(raw_graph)
         if len(nodes) != len(slots):
@@ -140,8 +158,10 @@ class NodeUpdater:
         self._set_params = driver.set_params
         self._exec = ctypes.c_void_p(raw_exec)
         self._calls = []
-        for node, addresses, count in zip(nodes, slots, param_counts, strict=True):
-            params = driver.node_params(node)
+        listed = [driver.node_params(node) for node in nodes]
+        order = launch_order([params.func or 0 for params in listed], functions)
+        for place, addresses, count in zip(order, slots, param_counts, strict=True):
+            node, params = nodes[place], listed[place]
             if not params.kernel_params:
                 raise StateError("graph driver: does not give a captured kernel's arguments")
             pointers = (ctypes.c_void_p * count)(*[params.kernel_params[i] for i in range(count)])

@@ -37,7 +37,10 @@ from moert.backends.triton import CompiledProgram
 from moert.call import Call
 from moert.errors import StateError
 from moert.graph_nodes import GraphDriver, NodeUpdater
+from moert.labels import Labels
 from moert.launch import CompiledLaunch
+
+_NEEDED = ("instantiate", "raw_cuda_graph", "raw_cuda_graph_exec")
 
 
 def parameter_count(compiled: Any) -> int:
@@ -48,16 +51,38 @@ def parameter_count(compiled: Any) -> int:
     return sum(not kind.startswith("hidden_") for kind in kinds)
 
 
+def new_graph() -> torch.cuda.CUDAGraph:
+    """A graph that keeps what it was instantiated from, so that its nodes can be found.
+
+    Raises:
+        StateError: this torch gives no access to them.
+    """
+    missing = [name for name in _NEEDED if not hasattr(torch.cuda.CUDAGraph, name)]
+    if not missing:
+        try:
+            return torch.cuda.CUDAGraph(keep_graph=True)
+        except TypeError:
+            missing = ["keep_graph"]
+    raise StateError(
+        f"torch {torch.__version__} gives no access to the nodes of its graphs: CUDAGraph has no "
+        f"{', '.join(missing)}"
+    )
+
+
 class CapturedPlan:
     """The graph of one bucket.
 
     Args:
         program: the launches; captured as they are.
         bucket: B, the grid is captured for; any T <= B can be replayed.
-        call: the share group's call, from whose packed values the nodes are updated.
+        call: the share group's call, of B rows; from its packed values the nodes are updated.
         stream: the capture stream, on which the program has been warmed up.
         pool: memory pool handle shared by all graphs (they own nothing).
         driver: for parameter updates and launches.
+        labels: names of what a profiler sees.
+
+    Raises:
+        StateError: torch or the driver cannot do it.
     """
 
     def __init__(
@@ -68,16 +93,16 @@ class CapturedPlan:
         stream: torch.cuda.Stream,
         pool: Any,
         driver: GraphDriver,
+        labels: Labels,
     ) -> None:
         self.program, self.bucket = program, bucket
         self.key: Any = None  # the checked call that the nodes hold
-        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
+        self._graph = new_graph()
         with torch.cuda.stream(stream):
             # thread_local: other threads (another model loading) may allocate meanwhile
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                for launch in program.launches:
-                    launch.run(call.values, bucket, stream.cuda_stream)
+                program.launch(call, stream.cuda_stream, labels)
             finally:
                 self._graph.capture_end()
         self._graph.instantiate()
@@ -88,6 +113,7 @@ class CapturedPlan:
             self._graph.raw_cuda_graph_exec(),
             [self._addresses(launch, call) for launch in program.launches],
             [parameter_count(launch.compiled) for launch in program.launches],
+            [launch.compiled.function for launch in program.launches],
         )
         self._launch = driver.launch
 

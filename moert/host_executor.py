@@ -9,6 +9,7 @@ import torch
 from moert.backends.base import Backend
 from moert.call import Key
 from moert.checks import check_forward
+from moert.labels import profiling
 from moert.share import ShareGroup
 from moert.topk import TopK
 
@@ -49,7 +50,8 @@ class HostExecutor:
         check_forward(group.cfg, group.device, x, topk, out, num_valid, key[17])
         if x.shape[0]:
             group.call.set(key, x, topk, out, num_valid)
-            self._programs[bisect_left(self._limits, x.shape[0])].run(group.call, 0)
+            program = self._programs[bisect_left(self._limits, x.shape[0])]
+            program.launch(group.call, 0, group.labels)
             group.call.release()
             self.counts["eager"] += 1
 
@@ -70,7 +72,11 @@ class HostExecutor:
         self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, capturing: bool
     ) -> None:
         """Route 1..max_tokens rows into `out`."""
-        self._router.run(logits, out, num_valid, 0)
+        if profiling():
+            with self.group.labels.step("route", logits.shape[0]):
+                self._router.run(logits, out, num_valid, 0)
+        else:
+            self._router.run(logits, out, num_valid, 0)
 
     def close(self) -> None:
         self._programs = []

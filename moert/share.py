@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from moert.arena import Arena
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
+from moert.errors import StateError
 from moert.graph_nodes import GraphDriver
+from moert.labels import Labels
 from moert.plan import Plan
 from moert.streams import StreamOrder
 from moert.topk import TopK
@@ -44,6 +47,7 @@ class ShareGroup:
         self.cfg, self.device, self.facts, self.options = cfg, device, facts, options
         self.lock = threading.RLock()
         self.kernel_cache: dict[Any, Any] = {}
+        self.labels = Labels(cfg)
         self.plans: tuple[Plan, ...] = ()
         # those that are merely dropped count no more
         self.members: weakref.WeakSet[object] = weakref.WeakSet()
@@ -64,10 +68,30 @@ class ShareGroup:
         self.order: StreamOrder | None = None
         self.driver: GraphDriver | None = None
         self.null_stream = 0
+        self.closed = False
+        self._destroy_stream: weakref.finalize[..., ShareGroup] | None = None
         if device.type == "cuda":
             self.order = StreamOrder(device)
             self.capture_stream = torch.cuda.Stream(device)
             self.pool = torch.cuda.graph_pool_handle()
+
+    def open_driver(self) -> None:
+        """What graphs are updated and launched by, once for all layers.
+
+        Raises:
+            StateError: the driver lacks a function for it.
+        """
+        if self.driver is not None:
+            return
+        driver = GraphDriver(hip=self.facts.kind == "hip")
+        if self.facts.kind == "cuda":
+            self.null_stream = driver.create_blocking_stream()
+            # a group that is merely dropped gives it back too; at exit the driver does by itself
+            self._destroy_stream = weakref.finalize(
+                self, _destroy_quietly, driver, self.null_stream
+            )
+            self._destroy_stream.atexit = False
+        self.driver = driver
 
     def results_for(self, capturing: bool) -> ResultBuffers:
         """The buffers of results that the runtime returns, or of calls inside somebody's capture."""
@@ -109,12 +133,18 @@ class ShareGroup:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        if self.null_stream and self.driver is not None:
-            self.driver.destroy_stream(self.null_stream)
-            self.null_stream = 0
+        if self._destroy_stream is not None:
+            self._destroy_stream()
+        self.closed, self.null_stream = True, 0
         self.arena = self.capture_arena = None
         self.kernel_cache.clear()
         self.results = self.captured_results = ResultBuffers(self.cfg, self.device, 0)
+
+
+def _destroy_quietly(driver: GraphDriver, stream: int) -> None:
+    # nobody could do anything about a driver that is not there any more
+    with contextlib.suppress(StateError):
+        driver.destroy_stream(stream)
 
 
 class ResultBuffers:

@@ -37,16 +37,37 @@ class StreamOrder:
         self.record_each = False
 
     def switch(self, raw: int) -> None:
-        """Make the current stream, whose handle is `raw`, wait for what the last stream was given."""
+        """Make the current stream, whose handle is `raw`, wait for what the last stream was given.
+
+        Raises:
+            StateError: the last stream is being captured by now; nothing changed.
+        """
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None:
             if not self.record_each:
+                self._refuse_if_captured(self._last)
                 self._event.record(self._last)
             stream.wait_event(self._event)
         self._last, self.last_raw = stream, raw
         # torch's own streams live for ever and have small ids; the id of an external stream is its
         # address, and its owner may destroy it before the next call: then only an event recorded now helps
         self.record_each = raw != 0 and stream.stream_id == stream.cuda_stream
+
+    def _refuse_if_captured(self, last: torch.cuda.Stream) -> None:
+        """An event recorded now on a stream under capture would draw the waiting stream into that capture.
+
+        Raises:
+            StateError: it is.
+        """
+        if last.cuda_stream == 0:  # nobody can capture the null stream
+            return
+        with torch.cuda.stream(last):
+            captured = torch.cuda.is_current_stream_capturing()
+        if captured:
+            raise StateError(
+                "the stream of the last call is being captured, so this stream cannot wait for what was "
+                "launched there; call on another stream before that capture begins, or after it"
+            )
 
     def record(self) -> None:
         """After a call on an external stream: mark its end while the stream is known to be alive."""

@@ -22,6 +22,13 @@ class TopK(NamedTuple):
     ids: torch.Tensor
 
 
+def distinct_ids(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The K best experts of each row of `scores` [T, E] as ids [T, K] int32; -1 where E has no more."""
+    best = scores.topk(min(top_k, scores.shape[1]), dim=1).indices.to(torch.int32)
+    missing = top_k - best.shape[1]
+    return torch.nn.functional.pad(best, (0, missing), value=-1) if missing else best
+
+
 def as_topk(topk: TopK | tuple[torch.Tensor, torch.Tensor]) -> TopK:
     """A `TopK` from itself or from a plain pair in either order: the integer one is the ids.
 

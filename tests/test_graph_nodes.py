@@ -10,7 +10,7 @@ import pytest
 
 from moert import graph_nodes
 from moert.errors import StateError
-from moert.graph_nodes import GraphDriver, NodeUpdater
+from moert.graph_nodes import GraphDriver, NodeUpdater, launch_order
 from moert.graphs import parameter_count
 
 CUDA, HIP = graph_nodes._CudaKernelNodeParams, graph_nodes._HipKernelNodeParams
@@ -31,11 +31,15 @@ def test_structures_are_the_drivers(struct: Any, size: int, offsets: dict[str, i
 
 
 class FakeDriver:
-    """Two kernels, the first of three parameters, the second of two; remembers what it was told."""
+    """Two kernels, the first of three parameters, the second of two; remembers what it was told.
 
-    def __init__(self, code: int = 0) -> None:
+    `functions`: handles of both, as the driver has them.
+    """
+
+    def __init__(self, code: int = 0, functions: tuple[int, int] = (5, 6)) -> None:
         self.values = [[ctypes.c_uint64(v) for v in row] for row in ((10, 11, 12), (20, 21))]
-        self.code, self.told = code, []
+        self.code, self.functions = code, functions
+        self.told: list[tuple[int, list[int]]] = []
 
     def kernel_nodes(self, raw_graph: int) -> list[ctypes.c_void_p]:
         assert raw_graph == 7
@@ -44,7 +48,8 @@ class FakeDriver:
     def node_params(self, node: ctypes.c_void_p) -> ctypes.Structure:
         values = self.values[node.value - 100]  # type: ignore[operator]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-        params = CUDA(func=5, shared_bytes=6, grid=(1, 2, 3))
+        function = self.functions[node.value - 100]  # type: ignore[operator]
+        params = CUDA(func=function, shared_bytes=6, grid=(1, 2, 3))
         params.kernel_params = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))
         self.keep = pointers
         return params
@@ -53,12 +58,9 @@ class FakeDriver:
         params = params._obj
         count = len(self.values[node.value - 100])  # type: ignore[operator]
         read = [ctypes.c_uint64.from_address(params.kernel_params[i]).value for i in range(count)]
-        assert (exec_.value, params.func, params.shared_bytes, params.grid[:]) == (
-            8,
-            5,
-            6,
-            [1, 2, 3],
-        )
+        function = self.functions[node.value - 100]  # type: ignore[operator]
+        given = (exec_.value, params.func, params.shared_bytes, params.grid[:])
+        assert given == (8, function, 6, [1, 2, 3])
         self.told.append((node.value, read))
         return self.code
 
@@ -67,7 +69,7 @@ def test_chosen_arguments_come_from_fixed_addresses() -> None:
     """The others stay what was captured; a kernel without chosen ones is not touched."""
     driver, value = FakeDriver(), ctypes.c_uint64(77)
     slots = [{1: ctypes.addressof(value)}, {}]
-    updater = NodeUpdater(driver, 7, 8, slots, [3, 2])  # type: ignore[arg-type]
+    updater = NodeUpdater(driver, 7, 8, slots, [3, 2], [5, 6])  # type: ignore[arg-type]
     assert driver.told == []
     updater.apply()
     value.value = 78
@@ -75,21 +77,47 @@ def test_chosen_arguments_come_from_fixed_addresses() -> None:
     assert driver.told == [(100, [10, 77, 12]), (100, [10, 78, 12])]
 
 
+def test_nodes_are_told_apart_by_their_functions() -> None:
+    """Listed the other way round than launched: the first launch is that of two parameters."""
+    driver, value = FakeDriver(), ctypes.c_uint64(77)
+    slots = [{1: ctypes.addressof(value)}, {}]
+    NodeUpdater(driver, 7, 8, slots, [2, 3], [6, 5]).apply()  # type: ignore[arg-type]
+    assert driver.told == [(101, [20, 77])]
+
+
+@pytest.mark.parametrize(
+    ("listed", "launched", "order"),
+    [
+        ([1, 2, 3], [1, 2, 3], [0, 1, 2]),
+        ([3, 1, 2], [1, 2, 3], [1, 2, 0]),
+        # two launches of one function: as they are listed
+        ([2, 1, 2], [1, 2, 2], [1, 0, 2]),
+        # other handles than those launched: as they are listed
+        ([7, 8, 9], [1, 2, 3], [0, 1, 2]),
+        ([0, 0], [1, 2], [0, 1]),
+        ([2, 1, 1], [1, 2, 2], [0, 1, 2]),
+    ],
+)
+def test_launch_order(listed: list[int], launched: list[int], order: list[int]) -> None:
+    assert launch_order(listed, launched) == order
+
+
 def test_a_graph_with_other_kernels_than_its_plan() -> None:
     with pytest.raises(StateError, match="captured graph holds 2 kernels, its plan names 1"):
-        NodeUpdater(FakeDriver(), 7, 8, [{}], [3])  # type: ignore[arg-type]
+        NodeUpdater(FakeDriver(), 7, 8, [{}], [3], [5])  # type: ignore[arg-type]
 
 
 def test_a_driver_that_hides_the_arguments() -> None:
     driver = FakeDriver()
     driver.node_params = lambda node: CUDA()  # type: ignore[method-assign]
     with pytest.raises(StateError, match="does not give a captured kernel's arguments"):
-        NodeUpdater(driver, 7, 8, [{}, {}], [3, 2])  # type: ignore[arg-type]
+        NodeUpdater(driver, 7, 8, [{}, {}], [3, 2], [5, 6])  # type: ignore[arg-type]
 
 
 def test_a_refused_update() -> None:
     driver, value = FakeDriver(code=1), ctypes.c_uint64(1)
-    updater = NodeUpdater(driver, 7, 8, [{0: ctypes.addressof(value)}, {}], [3, 2])  # type: ignore[arg-type]
+    slots = [{0: ctypes.addressof(value)}, {}]
+    updater = NodeUpdater(driver, 7, 8, slots, [3, 2], [5, 6])  # type: ignore[arg-type]
     with pytest.raises(StateError, match="GraphExecKernelNodeSetParams returned error 1"):
         updater.apply()
 

@@ -150,6 +150,35 @@ def test_a_refused_construction_changes_nothing_shared() -> None:
     assert list(first._group.members) == [first._executor] and first._group.notes == notes
 
 
+def test_the_shared_runtime_is_closed_while_another_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By another thread, after share= was looked at: what joins finds nothing left to share."""
+    first = make_runtime("torch")
+    load = build._weights
+
+    def close_first(*arguments: Any) -> Any:
+        first.close()
+        return load(*arguments)
+
+    alive, weights = len(lifetime._LIVE), make_weights(CFG)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_weights", close_first)
+        with pytest.raises(StateError, match="share: the runtime is closed; make a new MoERuntime"):
+            MoERuntime(CFG, weights, share=first)
+    assert len(lifetime._LIVE) == alive - 1
+    assert first._group.closed and first._group.arena is None and not first._group.members
+
+
+def test_what_a_closed_runtime_shared_can_be_joined_through_the_others() -> None:
+    first = make_runtime("torch")
+    second = make_runtime("torch", seed=1, share=first)
+    first.close()
+    with pytest.raises(StateError, match="share: the runtime is closed"):
+        make_runtime("torch", seed=2, share=first)
+    check_call(make_runtime("torch", seed=2, share=second), make_case(CFG, 3))
+
+
 @pytest.mark.parametrize("what", ["close", "update_weights"])
 def test_refused_inside_a_capture(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both wait for the device, which would break the capture: as if there were one."""

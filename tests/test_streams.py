@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 
+from moert.errors import StateError
 from moert.streams import StreamOrder
 
 LOG: list[str] = []
@@ -41,6 +43,8 @@ X, Y = (FakeStream(name, raw, True) for name, raw in (("X", 0x5000), ("Y", 0x600
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> StreamOrder:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     LOG.clear()
     return StreamOrder(DEVICE)
 
@@ -111,3 +115,35 @@ def test_the_runtime_asks_for_its_own_device(
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     order.switch(A.cuda_stream)
     assert asked == [DEVICE]
+
+
+def test_a_stream_under_capture_is_not_recorded_on(
+    order: StreamOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waited for that event would become part of the capture. The order stays as it was."""
+    asked: list[Any] = []
+
+    def stream(which: Any) -> Any:
+        asked.append(which)
+        return contextlib.nullcontext()
+
+    call(order, A, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "stream", stream)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(StateError, match="stream of the last call is being captured"):
+            call(order, B, monkeypatch)
+    assert asked == [A] and LOG == ["call on A"]
+    call(order, B, monkeypatch)
+    assert LOG[1:] == ["record A", "B waits for A", "call on B"]
+
+
+@pytest.mark.parametrize("last", [NULL, X])
+def test_streams_that_need_no_such_look(
+    last: FakeStream, order: StreamOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody captures the null stream; the end of an external one was recorded when it was not captured."""
+    call(order, last, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    call(order, A, monkeypatch)
+    assert LOG[-2:] == [f"A waits for {last.name}", "call on A"]

@@ -12,6 +12,7 @@ from moert.arena import Field
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
+from moert.labels import Labels, profiling
 from moert.plan import Choice, Plan
 from moert.topk import TopK
 
@@ -27,6 +28,18 @@ class Program(ABC):
     @abstractmethod
     def run(self, call: Call, stream: int) -> None:
         """Enqueue on a raw stream handle (ignored on the CPU)."""
+
+    def run_labelled(self, call: Call, stream: int, labels: Labels) -> None:
+        """`run`, its kernels under profiler ranges; by default under one for all."""
+        with labels.call(call.tokens):
+            self.run(call, stream)
+
+    def launch(self, call: Call, stream: int, labels: Labels) -> None:
+        """`run`, or `run_labelled` where a profiler watches."""
+        if profiling():
+            self.run_labelled(call, stream, labels)
+        else:
+            self.run(call, stream)
 
 
 class Backend(ABC):

@@ -14,6 +14,7 @@ from moert.backends.torch_experts import TorchExperts
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
+from moert.labels import Labels
 from moert.plan import Choice
 from moert.steps.routing.torch_ops import TorchRouter
 from moert.topk import TopK
@@ -84,6 +85,11 @@ class TorchProgram(Program):
         weights, ids = call.topk
         live = call.live_on_host()
         self.experts.run(call.x, weights, ids, call.out, live, call.pad_zero)
+
+    def run_labelled(self, call: Call, stream: int, labels: Labels) -> None:
+        weights, ids = call.topk
+        live, step = call.live_on_host(), labels.steps_of(call.tokens)
+        self.experts.run(call.x, weights, ids, call.out, live, call.pad_zero, step)
 
 
 class HostRouter(Router):

@@ -6,15 +6,17 @@ the results of all (token, slot) pairs, the weighted sums in slot order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from moert.arena import Field
+from moert.backends.torch_int4 import Int4Linear, int4_fields
 from moert.backends.torch_linear import ExpertLinear, linear_fields
 from moert.config import MoEConfig
+from moert.quantization.int4_layout import Int4Matrix
 from moert.steps.activation.inplace import activate_
 from moert.steps.experts_reference import ExpertTensors, split_gate_up
 
@@ -26,6 +28,18 @@ COMBINE_NUMEL: Final = 1 << 18
 # a sort key is expert << 32 | row: distinct keys, so any sort is stable
 KEY_SHIFT: Final = 32
 ROW_MASK: Final = (1 << KEY_SHIFT) - 1
+
+
+# calls a function for the step of that name
+Step = Callable[..., Any]
+
+
+def plainly(_: str, function: Callable[..., Any], *args: Any) -> Any:
+    """A step that nobody watches."""
+    return function(*args)
+
+
+Linear = ExpertLinear | Int4Linear
 
 
 class TorchExperts:
@@ -48,10 +62,10 @@ class TorchExperts:
         self.cfg = cfg
         self.interleaved = weights.interleaved
         self.scratch = scratch
-        self.linear13: ExpertLinear = ExpertLinear(
+        self.linear13: Linear = _linear(
             weights.w13, weights.b13, scratch, like.linear13 if like else None
         )
-        self.linear2: ExpertLinear = ExpertLinear(
+        self.linear2: Linear = _linear(
             weights.w2, weights.b2, scratch, like.linear2 if like else None
         )
         self.bounds = torch.arange(cfg.num_experts + 1, device="cpu") << KEY_SHIFT
@@ -86,7 +100,7 @@ class TorchExperts:
             Field("results", (slots, hidden), dtype),  # in grouped order
             Field("picked", (combined, hidden), dtype),
             Field("sums", (combined, hidden), torch.float32),
-            *linear_fields(shapes, rows, dtype),
+            *(linear_fields if cfg.quant is None else int4_fields)(shapes, rows, dtype),
         )
 
     def run(
@@ -97,6 +111,7 @@ class TorchExperts:
         out: torch.Tensor,
         live: int,
         pad_zero: bool,
+        step: Step = plainly,
     ) -> None:
         """Compute rows 0..live-1 of `out`.
 
@@ -107,15 +122,16 @@ class TorchExperts:
             out: [B, H] of the layer's dtype, any row stride, apart from the inputs.
             live: at most the `tokens` of the scratch.
             pad_zero: rows from `live` on become zero instead of keeping what they hold.
+            step: runs each step, named like the kernels that do the same on a GPU.
         """
         if pad_zero and live < out.shape[0]:
             out[live:].zero_()
         if live == 0:
             return
-        offsets = self._group(topk_weights, topk_ids, live)
+        offsets = step("sort", self._group, topk_weights, topk_ids, live)
         for start, experts, sizes in _blocks(offsets):
-            self._project(x, start, experts, sizes)
-        self._combine(out, live)
+            self._project(x, start, experts, sizes, step)
+        step("combine", self._combine, out, live)
 
     def _group(self, topk_weights: torch.Tensor, topk_ids: torch.Tensor, live: int) -> list[int]:
         """Sort the (token, slot) pairs by expert; expert e's rows are offsets[e]..offsets[e + 1]-1."""
@@ -140,18 +156,18 @@ class TorchExperts:
                 s["row_weights"].index_fill_(0, s["order"][start:stop], 0.0)
         return offsets
 
-    def _project(self, x: torch.Tensor, start: int, experts: list[int], sizes: list[int]) -> None:
+    def _project(
+        self, x: torch.Tensor, start: int, experts: list[int], sizes: list[int], step: Step
+    ) -> None:
         """The results of the grouped rows from `start` on: `sizes[i]` rows of `experts[i]`."""
         s = self.scratch
         n = sum(sizes)
         rows, gate_up, inner = s["rows"][:n], s["gate_up"][:n], s["inner"][:n]
         results = s["results"][start : start + n]
         torch.index_select(x, 0, s["token"][start : start + n], out=rows)
-        for pieces in zip(experts, rows.split(sizes), gate_up.split(sizes), strict=True):
-            self.linear13(*pieces)
+        step("gate_up_grouped", _multiply, self.linear13, experts, sizes, rows, gate_up)
         self._activate(gate_up, inner)
-        for pieces in zip(experts, inner.split(sizes), results.split(sizes), strict=True):
-            self.linear2(*pieces)
+        step("down_grouped", _multiply, self.linear2, experts, sizes, inner, results)
 
     def _activate(self, gate_up: torch.Tensor, inner: torch.Tensor) -> None:
         n, s = gate_up.shape[0], self.scratch
@@ -180,6 +196,31 @@ class TorchExperts:
             for other in others:
                 first.add_(other)
             out[start:stop].copy_(first)
+
+
+def _multiply(
+    linear: Linear,
+    experts: Sequence[int],
+    sizes: Sequence[int],
+    rows: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """`sizes[i]` successive rows by the matrix of `experts[i]`."""
+    for pieces in zip(experts, rows.split(sizes), out.split(sizes), strict=True):
+        linear(*pieces)
+
+
+def _linear(
+    weight: object,
+    bias: torch.Tensor | None,
+    scratch: dict[str, torch.Tensor],
+    like: Linear | None,
+) -> Linear:
+    if isinstance(weight, Int4Matrix):
+        assert like is None or isinstance(like, Int4Linear)
+        return Int4Linear(weight, bias, scratch, like)
+    assert isinstance(weight, torch.Tensor) and not isinstance(like, Int4Linear)
+    return ExpertLinear(weight, bias, scratch, like)
 
 
 def _combine_tokens(cfg: MoEConfig) -> int:

@@ -19,6 +19,7 @@ from moert.backends.triton_router import make_router
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
+from moert.labels import Labels
 from moert.launch import CompiledLaunch, Launch, compile_launch, run_interpreted, signature
 from moert.plan import Choice
 from moert.steps.routing.triton import MAX_EXPERTS
@@ -158,6 +159,11 @@ class CompiledProgram(Program):
         for launch in self.launches:
             launch.run(call.values, call.tokens, stream)
 
+    def run_labelled(self, call: Call, stream: int, labels: Labels) -> None:
+        for launch in self.launches:
+            with labels.step(launch.name, call.tokens):
+                launch.run(call.values, call.tokens, stream)
+
 
 class InterpretedProgram(Program):
     """The same launches on CPU tensors."""
@@ -168,3 +174,8 @@ class InterpretedProgram(Program):
 
     def run(self, call: Call, stream: int) -> None:
         run_interpreted(self.launches, call.interpreter_values(), call.tokens)
+
+    def run_labelled(self, call: Call, stream: int, labels: Labels) -> None:
+        for launch in self.launches:
+            with labels.step(launch.name, call.tokens):
+                run_interpreted([launch], call.interpreter_values(), call.tokens)
