@@ -13,10 +13,8 @@ import numpy as np
 import torch
 
 from moert.arena import Field
-from moert.backends.torch_int4 import Int4Linear, int4_fields
 from moert.backends.torch_linear import ExpertLinear, linear_fields
 from moert.config import MoEConfig
-from moert.quantization.int4_layout import Int4Matrix
 from moert.steps.activation.inplace import activate_
 from moert.steps.experts_reference import ExpertTensors, split_gate_up
 
@@ -39,9 +37,6 @@ def plainly(_: str, function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-Linear = ExpertLinear | Int4Linear
-
-
 class TorchExperts:
     """`out[t] = sum over k of weight[t, k] * expert[id[t, k]](x[t])`, without allocating a tensor.
 
@@ -62,10 +57,10 @@ class TorchExperts:
         self.cfg = cfg
         self.interleaved = weights.interleaved
         self.scratch = scratch
-        self.linear13: Linear = _linear(
+        self.linear13: ExpertLinear = ExpertLinear(
             weights.w13, weights.b13, scratch, like.linear13 if like else None
         )
-        self.linear2: Linear = _linear(
+        self.linear2: ExpertLinear = ExpertLinear(
             weights.w2, weights.b2, scratch, like.linear2 if like else None
         )
         self.bounds = torch.arange(cfg.num_experts + 1, device="cpu") << KEY_SHIFT
@@ -100,7 +95,7 @@ class TorchExperts:
             Field("results", (slots, hidden), dtype),  # in grouped order
             Field("picked", (combined, hidden), dtype),
             Field("sums", (combined, hidden), torch.float32),
-            *(linear_fields if cfg.quant is None else int4_fields)(shapes, rows, dtype),
+            *linear_fields(shapes, rows, dtype),
         )
 
     def run(
@@ -199,7 +194,7 @@ class TorchExperts:
 
 
 def _multiply(
-    linear: Linear,
+    linear: ExpertLinear,
     experts: Sequence[int],
     sizes: Sequence[int],
     rows: torch.Tensor,
@@ -208,19 +203,6 @@ def _multiply(
     """`sizes[i]` successive rows by the matrix of `experts[i]`."""
     for pieces in zip(experts, rows.split(sizes), out.split(sizes), strict=True):
         linear(*pieces)
-
-
-def _linear(
-    weight: object,
-    bias: torch.Tensor | None,
-    scratch: dict[str, torch.Tensor],
-    like: Linear | None,
-) -> Linear:
-    if isinstance(weight, Int4Matrix):
-        assert like is None or isinstance(like, Int4Linear)
-        return Int4Linear(weight, bias, scratch, like)
-    assert isinstance(weight, torch.Tensor) and not isinstance(like, Int4Linear)
-    return ExpertLinear(weight, bias, scratch, like)
 
 
 def _combine_tokens(cfg: MoEConfig) -> int:
