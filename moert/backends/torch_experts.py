@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from moert.arena import Field
+from moert.backends.torch_int4 import Int4Linear, int4_fields
 from moert.backends.torch_linear import ExpertLinear, linear_fields
 from moert.config import MoEConfig
+from moert.quantization.int4_layout import Int4Matrix
 from moert.steps.activation.inplace import activate_
 from moert.steps.experts_reference import ExpertTensors, split_gate_up
 
@@ -37,6 +39,9 @@ def plainly(_: str, function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+Linear = ExpertLinear | Int4Linear
+
+
 class TorchExperts:
     """`out[t] = sum over k of weight[t, k] * expert[id[t, k]](x[t])`, without allocating a tensor.
 
@@ -57,10 +62,10 @@ class TorchExperts:
         self.cfg = cfg
         self.interleaved = weights.interleaved
         self.scratch = scratch
-        self.linear13: ExpertLinear = ExpertLinear(
+        self.linear13: Linear = _linear(
             weights.w13, weights.b13, scratch, like.linear13 if like else None
         )
-        self.linear2: ExpertLinear = ExpertLinear(
+        self.linear2: Linear = _linear(
             weights.w2, weights.b2, scratch, like.linear2 if like else None
         )
         self.bounds = torch.arange(cfg.num_experts + 1, device="cpu") << KEY_SHIFT
@@ -78,6 +83,8 @@ class TorchExperts:
         rows = min(slots, BLOCK_ROWS)
         combined = min(tokens, _combine_tokens(cfg)) * cfg.top_k
         shapes = [(cfg.w13_rows, hidden), (hidden, inner)]
+        # int4 products are float32 anyway, and need not be rounded before the last
+        between = dtype if cfg.quant is None else torch.float32
         return (
             Field("keys", (slots,), torch.int64),  # expert << 32 | row
             Field("iota", (slots,), torch.int64),
@@ -87,15 +94,15 @@ class TorchExperts:
             Field("offsets", (cfg.num_experts + 1,), torch.int64),  # of the experts' rows
             Field("row_weights", (slots,), torch.float32),  # t * K + k -> routing weight
             Field("rows", (rows + 1, hidden), dtype),  # one more row: see `ExpertLinear`
-            Field("gate_up", (rows, cfg.w13_rows), dtype),
+            Field("gate_up", (rows, cfg.w13_rows), between),
             Field("gate", (rows, inner), torch.float32),
             Field("up", (rows, inner), torch.float32),
             Field("spare", (rows, inner), torch.float32),
-            Field("inner", (rows + 1, inner), dtype),
-            Field("results", (slots, hidden), dtype),  # in grouped order
-            Field("picked", (combined, hidden), dtype),
+            Field("inner", (rows + 1, inner), between),
+            Field("results", (slots, hidden), between),  # in grouped order
+            Field("picked", (combined, hidden), between),
             Field("sums", (combined, hidden), torch.float32),
-            *linear_fields(shapes, rows, dtype),
+            *(linear_fields if cfg.quant is None else int4_fields)(shapes, rows, dtype),
         )
 
     def run(
@@ -194,7 +201,7 @@ class TorchExperts:
 
 
 def _multiply(
-    linear: ExpertLinear,
+    linear: Linear,
     experts: Sequence[int],
     sizes: Sequence[int],
     rows: torch.Tensor,
@@ -203,6 +210,19 @@ def _multiply(
     """`sizes[i]` successive rows by the matrix of `experts[i]`."""
     for pieces in zip(experts, rows.split(sizes), out.split(sizes), strict=True):
         linear(*pieces)
+
+
+def _linear(
+    weight: object,
+    bias: torch.Tensor | None,
+    scratch: dict[str, torch.Tensor],
+    like: Linear | None,
+) -> Linear:
+    if isinstance(weight, Int4Matrix):
+        assert like is None or isinstance(like, Int4Linear)
+        return Int4Linear(weight, bias, scratch, like)
+    assert isinstance(weight, torch.Tensor) and not isinstance(like, Int4Linear)
+    return ExpertLinear(weight, bias, scratch, like)
 
 
 def _combine_tokens(cfg: MoEConfig) -> int:

@@ -35,8 +35,7 @@ ZERO: Final = 8  # the zero point of symmetric codes
 class Int4Matrix:
     """The int4 matrices [E, N, K] of a layer's experts, packed; see the module docstring for a block.
 
-    NT = ceil(N / 16) tiles of rows (ceil(I / 8) where paired), KT = ceil(K / 64) blocks of columns, GN =
-    ceil(K / group_size) groups.
+    NT = ceil(N / 16) tiles of rows, KT = ceil(K / 64) blocks of columns, GN = ceil(K / group_size) groups.
 
     Args:
         codes: [E, NT, KT, 32, 4] int32.
@@ -129,8 +128,7 @@ def empty_matrix(
         permuted: it has a permutation.
     """
     group = columns_per_group(quant.group_size, columns)
-    tiles = -(-rows // ROWS) if not paired else -(-rows // 2 // (ROWS // 2))
-    blocks, groups = -(-columns // COLUMNS), -(-columns // group)
+    tiles, blocks, groups = -(-rows // ROWS), -(-columns // COLUMNS), -(-columns // group)
     scales = torch.empty(experts, tiles, groups, ROWS, dtype=dtype, device=device)
     return Int4Matrix(
         torch.empty(experts, tiles, blocks, 32, 4, dtype=torch.int32, device=device),
