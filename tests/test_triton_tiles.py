@@ -94,6 +94,17 @@ def test_only_the_strategies_asked_for_beside_the_default(strategy: str) -> None
         assert {choice.strategy for choice in found[1:]} == {strategy}
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_asked_for_alone_is_offered(strategy: str) -> None:
+    """Whatever the default, and where none but the smallest tile fits: a forced policy is never ignored."""
+    tiny = replace(KNOWN_DEVICES["sm_90"], shared_memory=24 << 10)
+    for facts in (CPU, tiny, *KNOWN_DEVICES.values()):
+        for cfg in CONFIGS:
+            for tokens in TOKENS[::3]:
+                found = candidates(cfg, facts, tokens, (strategy,))
+                assert strategy in {choice.strategy for choice in found}
+
+
 def test_direct_plans_are_for_few_rows() -> None:
     """Each routed row reads its expert's weights again; alone, the strategy has to do nevertheless."""
     cfg, facts = MoEConfig(128, 8, 2048, 768), KNOWN_DEVICES["sm_90"]
