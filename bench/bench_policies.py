@@ -3,11 +3,11 @@
     python bench/bench_policies.py [--experts E ...] [--tokens T ...] [--out DIR] [--budget SECONDS]
 
 For each E four share groups over the same weights: sort_policy 0 (measured), 1, 2 and 3, each tuned by
-itself, whatever was recorded before, so that every strategy has the tiles that suit it. A figure is a layer of
-one graph over a chain of layers (`device_timing.py`), the four interleaved. "behind" is by how much the
+itself, whatever was recorded before, so that every strategy has the tiles that suit it. A figure is a layer
+of one graph over a chain of layers (`device_timing.py`), the four interleaved. "behind" is by how much the
 measured choice is slower than the best of the three; more than ALLOWED in any cell makes the exit code 1.
-Without a sort weights are read once for every row: past DIRECT_ROWS rows that way is timed with default tiles,
-on few layers.
+Without a sort weights are read once for every row: past DIRECT_ROWS rows that way is timed with default
+tiles, on few layers.
 
 Written after every E; a file that is there already is taken up where it ends (--again starts anew). --budget
 stops before an E that would not be done in time.

@@ -35,7 +35,12 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
         tile = Tile(bm, bn, bk, warps, stages)
         if _fits(tile, cfg, facts):
             return Choice(strategy, tile, tile, dependent)
-    return Choice(strategy, Tile(16, 16, 32, 4, 1), Tile(16, 16, 32, 4, 1), dependent)
+    return _smallest(strategy, facts)
+
+
+def _smallest(strategy: str, facts: DeviceFacts) -> Choice:
+    tile = Tile(16, 16, 32, 4, 1)
+    return Choice(strategy, tile, tile, facts.dependent_launch)
 
 
 def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:
@@ -101,7 +106,8 @@ def candidates(
     for strategy, most in zip(sorts, (None, 3), strict=False):
         # how rows are sorted and how they are multiplied hardly influence each other: a few tiles tell
         # which sort is faster
-        found |= dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy, most))
+        fitting = dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy, most))
+        found |= fitting or {_smallest(strategy, facts): None}
     return list(found)
 
 
