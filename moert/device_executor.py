@@ -101,7 +101,7 @@ class DeviceExecutor:
                 if capturing:
                     self._join_capture(raw, slot)
                     return
-                if graph is None or not self._call.aligned:
+                if graph is None or not self._call.aligned or not graph.takes(key):
                     self._run_eager(raw, self._programs[slot])
                     return
             finally:
@@ -207,6 +207,7 @@ class DeviceExecutor:
         group = self.group
         try:
             self._graphs = capture_plans(group, self._programs)
+            self._tell_limit()
         except StateError as error:
             if group.members:
                 group.notes.append(f"a layer has no graphs, its kernels go one by one: {error}")
@@ -214,6 +215,17 @@ class DeviceExecutor:
             group.plans = tuple(replace(plan, captured=False) for plan in group.plans)
             group.notes.append(
                 f"no graphs on this device, kernels are launched one by one: {error}"
+            )
+
+    def _tell_limit(self) -> None:
+        left = [
+            g.updates_left for g in self._graphs if g is not None and g.updates_left is not None
+        ]
+        if left and not self.group.members:
+            self.group.notes.append(
+                f"a graph takes over addresses that come twice in a row, at most {min(left)} to {max(left)} "
+                "times (each takes memory that HIP frees with the graph); calls with others are launched "
+                "kernel by kernel"
             )
 
     def close(self) -> None:

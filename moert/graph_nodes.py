@@ -3,8 +3,10 @@
 A replayed graph keeps the argument values it was captured with. The driver lets one kernel node of an
 *instantiated* graph have its arguments replaced; launches already enqueued keep the old ones, later
 launches see the new ones (CUDA Driver API, section "Graph Management", `cuGraphExecKernelNodeSetParams`;
-HIP's twin is `hipGraphExecKernelNodeSetParams`). torch exposes the raw handles and nothing more, so the
-two structures and few functions needed are declared here.
+HIP's twin is `hipGraphExecKernelNodeSetParams`). HIP's takes memory for the new arguments and gives none
+back before the graph is destroyed (github.com/ROCm/rocm-systems/issues/10713), so there a graph is updated
+a limited number of times: see `free_updates`. torch exposes the raw handles and nothing more, so the two
+structures and few functions needed are declared here.
 """
 
 from __future__ import annotations
@@ -46,12 +48,46 @@ class _HipKernelNodeParams(ctypes.Structure):
     ]
 
 
+# kernel-argument memory that an instantiated HIP graph has to spare, and what an update of a node takes of
+# it at least (kKernArgChunkSize and GraphKernelArgManager in ROCm/clr, hipamd/src/hip_graph_internal.cpp)
+_SPARE_BYTES, _SLOT_BYTES = 128 << 10, 256
+
+
+def free_updates(argument_bytes: Sequence[int]) -> int:
+    """How often the kernels of a HIP graph can be updated before the driver has to allocate.
+
+    Args:
+        argument_bytes: of the arguments of each kernel that is updated.
+    """
+    taken = sum(-(-max(size, 1) // _SLOT_BYTES) * _SLOT_BYTES for size in argument_bytes)
+    return _SPARE_BYTES // max(taken, _SLOT_BYTES)
+
+
+def loaded_library(name: str, maps: str = "/proc/self/maps") -> str:
+    """The path of a library that this process has loaded, else its name.
+
+    ROCm's torch brings a HIP runtime of its own. Another file of that runtime would be another runtime, which
+    knows nothing of torch's graphs and streams.
+    """
+    try:
+        with open(maps, encoding="utf-8") as lines:
+            paths = [line.split(maxsplit=5)[-1].strip() for line in lines if "/" in line]
+    except OSError:
+        return name
+    return next((path for path in paths if path.rpartition("/")[2].startswith(name)), name)
+
+
 class GraphDriver:
-    """The entry points, for CUDA (`libcuda`) or HIP (`libamdhip64`)."""
+    """The entry points, for CUDA (`libcuda`) or HIP (`libamdhip64`).
+
+    Attributes:
+        free_updates: of a graph, from its kernels' argument bytes; None where updates use nothing up.
+    """
 
     def __init__(self, hip: bool) -> None:
+        self.free_updates = free_updates if hip else None
         try:
-            self._lib = ctypes.CDLL("libamdhip64.so" if hip else "libcuda.so.1")
+            self._lib = ctypes.CDLL(loaded_library("libamdhip64.so") if hip else "libcuda.so.1")
             prefix, version = ("hip", "") if hip else ("cu", "_v2")
             self._get_nodes = getattr(self._lib, f"{prefix}GraphGetNodes")
             self._get_type = getattr(self._lib, f"{prefix}GraphNodeGetType")

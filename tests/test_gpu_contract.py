@@ -10,6 +10,7 @@ from gpu_support import (
     DEVICE,
     ODD,
     REAL,
+    UPDATES_ARE_LIMITED,
     assert_close,
     device_kernels,
     guarded,
@@ -46,7 +47,8 @@ def test_every_token_count(dtype: str, graphs: str) -> None:
             if tokens:
                 assert_close(case.out, case.expected(rt), cfg.torch_dtype)
         replayed = rt.stats()["replays"]
-        assert replayed >= 60 if graphs == "own" else replayed == 0
+        least = 0 if graphs == "off" or UPDATES_ARE_LIMITED else 60
+        assert least <= replayed and (graphs == "own" or not replayed)
 
 
 def test_every_token_count_to_past_the_largest_bucket(real: MoERuntime) -> None:
@@ -103,7 +105,7 @@ def test_a_trace_holds_exactly_the_planned_kernels(real: MoERuntime, tokens: int
             real.forward(case.x, case.topk, case.out)
 
     assert device_kernels(run) == list(plan.kernels) * 4
-    assert real.stats()["replays"] == replays + 4
+    assert UPDATES_ARE_LIMITED or real.stats()["replays"] == replays + 4
 
 
 def test_replay_equals_eager_bit_for_bit(real: MoERuntime) -> None:
@@ -174,7 +176,8 @@ def test_unaligned_addresses(odd: MoERuntime, tokens: int, offset: int) -> None:
     assert_close(out, case.expected(odd), ODD.torch_dtype)
     assert (buffer[: 4096 + offset] == 7.0).all()
     assert (buffer[4096 + offset + out.numel() :] == 7.0).all()
-    assert odd.stats()["replays"] - replays == (offset % 8 == 0 and tokens <= 64)
+    replayed = odd.stats()["replays"] - replays
+    assert UPDATES_ARE_LIMITED or replayed == (offset % 8 == 0 and tokens <= 64)
 
 
 def test_rows_with_strides(odd: MoERuntime) -> None:
