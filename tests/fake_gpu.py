@@ -126,6 +126,8 @@ class FakeDriver:
     nodes `backwards`, has `other_handles` of functions than the launches.
     """
 
+    free_updates = None
+
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
         self.kept: list[Any] = []
