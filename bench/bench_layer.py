@@ -20,7 +20,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import torch  # noqa: E402
 import triton  # noqa: E402
 from device_timing import captured, device_us, read_us  # noqa: E402
-from layer_chain import check, layer_count, make_chain, make_layers  # noqa: E402
+from layer_chain import (  # noqa: E402
+    MATMUL_FLOPS,
+    READ_BYTES_PER_SECOND,
+    check,
+    layer_count,
+    make_chain,
+    make_layers,
+)
 from shapes import FORMATS, SHAPES, in_format  # noqa: E402
 
 from moert.config import MoEConfig  # noqa: E402
@@ -47,6 +54,7 @@ def measure(name: str, cfg: MoEConfig, tokens: tuple[int, ...]) -> dict[str, Any
             "us": round(us, 2),
             "floor us": round(floor, 2),
             "times the floor": round(us / floor, 3),
+            "bytes": chain.hit_bytes(),
             "read us": round(read, 2),
             "error": error,
             "choice": str(plan.choice),
@@ -74,6 +82,10 @@ def main() -> None:
         "device": facts.name,
         "made_with": {"torch": torch.__version__, "triton": triton.__version__},
         "dtype": args.dtype,
+        "limits": {
+            "read_bytes_per_second": READ_BYTES_PER_SECOND,
+            "matmul_flops": MATMUL_FLOPS,
+        },
         "shapes": {},
     }
     out = args.out or ROOT / "bench" / "results" / facts.slug

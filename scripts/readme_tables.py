@@ -15,11 +15,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moert.cli.results import crossover  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- table:([\w.-]+)/([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -46,19 +49,6 @@ def span(values: list[float], form: str = ".2f") -> str:
 def made_with(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["made_with"].items())
     return f"{report['device']}, {versions}"
-
-
-def crossover(cells: dict[str, dict[str, float]]) -> tuple[float, float] | None:
-    """(T, us) where multi-phase becomes the faster one, between measured T on logarithmic axes."""
-    found = sorted(
-        (int(t), c["one_shot"], c["multi_phase"]) for t, c in cells.items() if len(c) > 1
-    )
-    for (t0, one0, multi0), (t1, one1, multi1) in pairwise(found):
-        before, after = math.log(one0 / multi0), math.log(one1 / multi1)
-        if before < 0 <= after:
-            part = before / (before - after)
-            return t0 * (t1 / t0) ** part, multi0 * (multi1 / multi0) ** part
-    return None
 
 
 def strategy_ranges(cells: dict[str, dict[str, Any]]) -> str:
@@ -155,6 +145,35 @@ def sort(results: Path) -> str:
     )
 
 
+def policies(results: Path) -> str:
+    """The tuner's choice against the best of the three strategies forced, over E and T."""
+    path = results / "policies.json"
+    if not path.exists():
+        return "Not measured on this device yet."
+    report = json.loads(path.read_text())
+    shape, cells = report["shape"], report["cells"]
+    columns = sorted({int(t) for row in cells.values() for t in row})
+    rows = []
+    for experts, row in cells.items():
+        texts = []
+        for t in columns:
+            cell = row.get(str(t))
+            texts.append(policy_cell(cell) if cell else "")
+        rows.append([experts, *texts])
+    behind = [cell["behind"] for row in cells.values() for cell in row.values()]
+    return (
+        f"{table(['E', *(f'T={t}' for t in columns)], rows)}\n\n"
+        f"Microseconds a layer (K={shape['K']}, H={shape['H']}, I={shape['I']}, {shape['dtype']}) with the "
+        "measured choice, which strategy that is, and how far it is\nbehind the best of the three, each "
+        f"forced and tuned by itself: at most {max(behind):+.1%}. {made_with(report)}."
+    )
+
+
+def policy_cell(cell: dict[str, Any]) -> str:
+    chosen = STRATEGIES[cell["choice"]["measured"].split()[0]]
+    return f"{number(cell['us']['measured'])} {chosen} ({cell['behind']:+.1%})"
+
+
 def host_lines(part: dict[str, Any]) -> list[str]:
     rows = [row for name, row in part.items() if name.startswith("T=")]
     bare, known, new = (
@@ -226,6 +245,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "layers": layers,
     "sort": sort,
+    "policies": policies,
     "checks": checks,
 }
 

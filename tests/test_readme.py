@@ -43,6 +43,34 @@ def test_figures_are_the_committed_ones() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_policies(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.policies(tmp_path) == "Not measured on this device yet."
+    report = {
+        "device": "A",
+        "made_with": {"torch": "2"},
+        "shape": {"K": 8, "H": 64, "I": 32, "dtype": "bfloat16"},
+        "cells": {
+            "8": {
+                "1": {"us": {"measured": 9.94}, "behind": -0.004, "choice": {"measured": "none a"}},
+                "64": {
+                    "us": {"measured": 120.2},
+                    "behind": 0.021,
+                    "choice": {"measured": "one_shot b"},
+                },
+            },
+            "32": {
+                "64": {"us": {"measured": 50}, "behind": 0, "choice": {"measured": "multi_phase"}}
+            },
+        },
+    }
+    (tmp_path / "policies.json").write_text(json.dumps(report))
+    text = tables.policies(tmp_path)
+    assert "| E | T=1 | T=64 |" in text
+    assert "| 8 | 9.9 none (-0.4%) | 120 one-shot (+2.1%) |" in text
+    assert "| 32 |  | 50.0 multi-phase (+0.0%) |" in text
+    assert "at most +2.1%. A, torch 2." in text
+
+
 def test_check_notices_another_figure(tables: ModuleType) -> None:
     marker = "<!-- table:nvidia-h200/layers -->\n"
     assert marker in README
@@ -56,28 +84,6 @@ def test_every_result_is_shown(tables: ModuleType) -> None:
     assert {part for _, part in marked} == {*tables.PARTS}
     for path in (ROOT / "bench" / "results" / "nvidia-h200").glob("layer-*.json"):
         assert f"**{json.loads(path.read_text())['dtype']}**" in README
-
-
-@pytest.mark.parametrize(
-    ("cells", "expected"),
-    [
-        # equal ratios on both sides: the geometric mean
-        ({"64": (1.0, 2.0), "256": (4.0, 2.0)}, (128.0, 2.0)),
-        ({"1": (1.0, 4.0), "2": (2.0, 4.0)}, None),  # one-shot wins everywhere
-        ({"1": (5.0, 4.0), "2": (9.0, 4.0)}, None),  # nowhere
-        ({"1": (1.0, 4.0), "2": (4.0, 4.0), "4": (None, 4.0)}, (2.0, 4.0)),  # not feasible at 4
-    ],
-    ids=["between", "never", "before", "infeasible"],
-)
-def test_crossover(
-    tables: ModuleType, cells: dict[str, tuple[float | None, float]], expected: object
-) -> None:
-    times = {
-        t: {n: us for n, us in zip(("one_shot", "multi_phase"), row, strict=True) if us is not None}
-        for t, row in cells.items()
-    }
-    found = tables.crossover(times)
-    assert found == (None if expected is None else pytest.approx(expected))
 
 
 def test_paths_exist() -> None:

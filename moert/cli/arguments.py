@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moert.config import ACTIVATIONS, DTYPES, MoEConfig
+from moert.config import ACTIVATIONS, DTYPES, QUANT_FORMATS, MoEConfig
 from moert.errors import ConfigError
 
 
@@ -78,12 +78,13 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
     """What a shape alone does not tell."""
     group = parser.add_argument_group("with a shape")
     group.add_argument("--dtype", choices=DTYPES, help="of weights and activations (bfloat16)")
+    group.add_argument("--quant", choices=QUANT_FORMATS, help="of the weights (as --dtype)")
     group.add_argument("--activation", choices=ACTIVATIONS, help="of the experts (silu)")
 
 
 def layer_options(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a `MoEConfig` that were asked for."""
-    names = ("dtype", "activation")
+    names = ("dtype", "quant", "activation")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

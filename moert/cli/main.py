@@ -15,6 +15,10 @@ VERBS: Final = {
     "info": "devices, backends, tuning records and environment variables of this machine",
     "plan": "what a layer would run on a device, per batch size, and the memory it takes",
     "check": "whether a checkpoint's experts can be loaded, and the memory they take",
+    "tune": "measure the plans of a layer on the GPU at hand and keep them as records",
+    "bench": "how long a layer takes here, and whether that got worse",
+    "demo": "a tiny language model generating with moert beside its own experts",
+    "plot": "pictures of results: times the floor, roofline, crossovers of the sorts",
     "compile": "compile every kernel for devices that need not be there, and examine the code",
 }
 OK, PROBLEM, USAGE = 0, 1, 2
