@@ -174,35 +174,6 @@ def policy_cell(cell: dict[str, Any]) -> str:
     return f"{number(cell['us']['measured'])} {chosen} ({cell['behind']:+.1%})"
 
 
-def policies(results: Path) -> str:
-    """The tuner's choice against the best of the three strategies forced, over E and T."""
-    path = results / "policies.json"
-    if not path.exists():
-        return "Not measured on this device yet."
-    report = json.loads(path.read_text())
-    shape, cells = report["shape"], report["cells"]
-    columns = sorted({int(t) for row in cells.values() for t in row})
-    rows = []
-    for experts, row in cells.items():
-        texts = []
-        for t in columns:
-            cell = row.get(str(t))
-            texts.append(policy_cell(cell) if cell else "")
-        rows.append([experts, *texts])
-    behind = [cell["behind"] for row in cells.values() for cell in row.values()]
-    return (
-        f"{table(['E', *(f'T={t}' for t in columns)], rows)}\n\n"
-        f"Microseconds a layer (K={shape['K']}, H={shape['H']}, I={shape['I']}, {shape['dtype']}) with the "
-        "measured choice, which strategy that is, and how far it is\nbehind the best of the three, each "
-        f"forced and tuned by itself: at most {max(behind):+.1%}. {made_with(report)}."
-    )
-
-
-def policy_cell(cell: dict[str, Any]) -> str:
-    chosen = STRATEGIES[cell["choice"]["measured"].split()[0]]
-    return f"{number(cell['us']['measured'])} {chosen} ({cell['behind']:+.1%})"
-
-
 def host_lines(part: dict[str, Any]) -> list[str]:
     rows = [row for name, row in part.items() if name.startswith("T=")]
     bare, known, new = (
@@ -274,7 +245,6 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "layers": layers,
     "sort": sort,
-    "policies": policies,
     "policies": policies,
     "checks": checks,
 }

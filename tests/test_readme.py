@@ -71,34 +71,6 @@ def test_policies(tables: ModuleType, tmp_path: Path) -> None:
     assert "at most +2.1%. A, torch 2." in text
 
 
-def test_policies(tables: ModuleType, tmp_path: Path) -> None:
-    assert tables.policies(tmp_path) == "Not measured on this device yet."
-    report = {
-        "device": "A",
-        "made_with": {"torch": "2"},
-        "shape": {"K": 8, "H": 64, "I": 32, "dtype": "bfloat16"},
-        "cells": {
-            "8": {
-                "1": {"us": {"measured": 9.94}, "behind": -0.004, "choice": {"measured": "none a"}},
-                "64": {
-                    "us": {"measured": 120.2},
-                    "behind": 0.021,
-                    "choice": {"measured": "one_shot b"},
-                },
-            },
-            "32": {
-                "64": {"us": {"measured": 50}, "behind": 0, "choice": {"measured": "multi_phase"}}
-            },
-        },
-    }
-    (tmp_path / "policies.json").write_text(json.dumps(report))
-    text = tables.policies(tmp_path)
-    assert "| E | T=1 | T=64 |" in text
-    assert "| 8 | 9.9 none (-0.4%) | 120 one-shot (+2.1%) |" in text
-    assert "| 32 |  | 50.0 multi-phase (+0.0%) |" in text
-    assert "at most +2.1%. A, torch 2." in text
-
-
 def test_check_notices_another_figure(tables: ModuleType) -> None:
     marker = "<!-- table:nvidia-h200/layers -->\n"
     assert marker in README
