@@ -1,7 +1,7 @@
 """Every kernel that a shipped plan names has been run and checked somewhere: here, or on a GPU with a date.
 
 Each choice of the shipped records runs here under Triton's interpreter, on a layer that its tiles do not fit.
-A kernel that the interpreter cannot run is listed by name in gpu_only_kernels.json, with the last run on a GPU:
+A kernel that the interpreter cannot run is listed in gpu_only_kernels.json, with the last run on a GPU:
 
     "name_kernel": {"date": "2026-11-21", "device": "NVIDIA H200", "test": "tests/test_x.py::test_y",
                     "result": "passed"}
@@ -84,7 +84,7 @@ def kernels_of(cfg: MoEConfig, tokens: int, choice: Choice) -> tuple[str, ...]:
 
 
 def checked(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels of a whole layer by this choice's strategy and tiles, interpreted, right by the reference."""
+    """The kernels of a layer by this choice, interpreted, its result that of the reference."""
     cfg = MoEConfig(4, 3, 37, 21, dtype="float32")
     weights = make_weights(cfg, "plain")
     backend = TritonBackend(cfg, weights, device_facts(CPU))
