@@ -109,7 +109,7 @@ FULL = Matrix(
     smoke=False,
 )
 SMOKE = Matrix(
-    formats={"float32": ("tiny",), "bfloat16": ("tiny",)},
+    formats={"float32": ("tiny",), "int4": ("tiny",)},
     shapes={"tiny": TINY},
     tokens=(1, 3),
     versus_tokens=(3,),
