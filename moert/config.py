@@ -100,7 +100,8 @@ class MoEConfig:
 
     Args:
         num_experts: E.
-        top_k: K, at most E and at most 127 (the packed sort keeps the slot in 7 bits).
+        top_k: K, at most 127 (the packed sort keeps the slot in 7 bits). More than E where these experts are
+            a shard of a layer's: ids of the others are out of range, and nothing can be routed here.
         hidden_size: H.
         intermediate_size: I of one expert.
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu2" (squared relu), or "swiglu_oai":
@@ -136,8 +137,6 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
             _positive_int(name, getattr(self, name))
-        if self.top_k > self.num_experts:
-            raise ConfigError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
         if self.top_k > 127:
             raise ConfigError(
                 f"top_k={self.top_k} exceeds 127, the most a packed sort entry can hold"
@@ -190,13 +189,27 @@ class MoEConfig:
                 f"routing.num_groups={r.num_groups} does not divide num_experts={self.num_experts}"
             )
         per_group = self.num_experts // r.num_groups
-        if self.top_k > per_group * r.top_groups:
+        if r.num_groups > 1 and self.top_k > per_group * r.top_groups:
             raise ConfigError(
                 f"top_k={self.top_k} exceeds the {per_group * r.top_groups} experts of "
                 f"routing.top_groups={r.top_groups} groups of {per_group}"
             )
         if r.num_groups > 1 and r.group_score == "top2_sum" and per_group < 2:
             raise ConfigError("routing.group_score='top2_sum' needs at least 2 experts a group")
+
+    @property
+    def can_route(self) -> bool:
+        """There are K experts to choose."""
+        return self.top_k <= self.num_experts
+
+    def check_routing(self) -> None:
+        """Of a whole layer, as a checkpoint has it, K experts can be chosen.
+
+        Raises:
+            ConfigError: there are fewer.
+        """
+        if not self.can_route:
+            raise ConfigError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ from moert.capture import StartUpRows, capture_plans
 from moert.checks import check_forward, plainly_fine
 from moert.errors import StateError
 from moert.graphs import CapturedPlan
+from moert.host_executor import layer_router
 from moert.labels import profiling
 from moert.plan import Plan
 from moert.share import ShareGroup
@@ -46,9 +47,7 @@ class DeviceExecutor:
             inside = [p for p in group.plans if p.tokens <= group.largest_bucket]
             self._foreign = [self._program(plan, group.capture_arena) for plan in inside]
             self._foreign_unaligned = self._program(inside[-1], group.capture_arena, aligned=False)
-        self._router = backend.router(
-            group.options.max_tokens, group.call.no_limit, group.kernel_cache
-        )
+        self._router = layer_router(group, backend)
         self._graphs: list[CapturedPlan | None] = [None] * len(group.plans)
         self._slot_of = [0] + [
             bisect_left(self._limits, t) for t in range(1, group.options.max_tokens + 1)
@@ -130,7 +129,7 @@ class DeviceExecutor:
     @property
     def routing_bytes(self) -> int:
         """Scratch of the routing step."""
-        return self._router.nbytes
+        return 0 if self._router is None else self._router.nbytes
 
     def capturing(self) -> bool:
         """Whether the current stream is being captured, by somebody else.
@@ -151,6 +150,7 @@ class DeviceExecutor:
         self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, capturing: bool
     ) -> None:
         """Enqueue the routing of 1..max_tokens rows on the current stream; the group's lock is held."""
+        assert self._router is not None
         raw = self._current_stream(self._index)
         if not capturing and raw != self._order.last_raw:
             self._order.switch(raw)

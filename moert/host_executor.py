@@ -6,12 +6,19 @@ from bisect import bisect_left
 
 import torch
 
-from moert.backends.base import Backend
+from moert.backends.base import Backend, Router
 from moert.call import Key
 from moert.checks import check_forward
 from moert.labels import profiling
 from moert.share import ShareGroup
 from moert.topk import TopK
+
+
+def layer_router(group: ShareGroup, backend: Backend) -> Router | None:
+    """The routing step of a layer; a shard of fewer than K experts has none."""
+    if not group.cfg.can_route:
+        return None
+    return backend.router(group.options.max_tokens, group.call.no_limit, group.kernel_cache)
 
 
 class HostExecutor:
@@ -22,9 +29,7 @@ class HostExecutor:
         self.counts = {"replays": 0, "eager": 0, "captured": 0, "rebinds": 0}
         arena = group.arena
         assert arena is not None
-        self._router = backend.router(
-            group.options.max_tokens, group.call.no_limit, group.kernel_cache
-        )
+        self._router = layer_router(group, backend)
         self._limits = [plan.tokens for plan in group.plans]
         self._programs = [
             backend.program(
@@ -62,7 +67,7 @@ class HostExecutor:
     @property
     def routing_bytes(self) -> int:
         """Scratch of the routing step."""
-        return self._router.nbytes
+        return 0 if self._router is None else self._router.nbytes
 
     def capturing(self) -> bool:
         """There are no captures on a CPU."""
@@ -72,6 +77,7 @@ class HostExecutor:
         self, logits: torch.Tensor, out: TopK, num_valid: torch.Tensor | None, capturing: bool
     ) -> None:
         """Route 1..max_tokens rows into `out`."""
+        assert self._router is not None
         if profiling():
             with self.group.labels.step("route", logits.shape[0]):
                 self._router.run(logits, out, num_valid, 0)

@@ -11,7 +11,7 @@ from moert.build import build, resolve_config
 from moert.call_flow import CallFlow
 from moert.checks import check_logits, check_num_valid
 from moert.config import MoEConfig
-from moert.errors import ConfigError, InputError, WeightsError
+from moert.errors import ConfigError, InputError, MoertError, UnsupportedError, WeightsError
 from moert.plan import PlanReport
 from moert.streams import refuse_inside_capture
 from moert.topk import TopK, as_topk
@@ -75,9 +75,7 @@ class MoERuntime(CallFlow):
             tune=tune,
             share=None if share is None else share._built,
         )
-        self._lacks_bias = (
-            self.cfg.routing.correction_bias and built.weights.correction_bias is None
-        )
+        self._unroutable = self._why_not_route(built.weights)
         # calls leave the caller's current device alone; with one GPU there is nothing to switch
         self._switch_device = built.group.device.type == "cuda" and torch.cuda.device_count() > 1
         self._begin(built)
@@ -134,13 +132,13 @@ class MoERuntime(CallFlow):
         Raises:
             InputError: an argument does not fit; nothing was launched or changed.
             WeightsError: the rule has a correction bias and the weights do not.
+            UnsupportedError: there are fewer than K experts here.
             StateError: closed, forked, or inside a capture that it cannot join.
         """
         self._usable("route")
-        if self._lacks_bias:
-            raise WeightsError(
-                "correction_bias: missing, need [E] float32 because routing.correction_bias=True"
-            )
+        if self._unroutable is not None:
+            kind, reason = self._unroutable
+            raise kind(reason)
         check_logits(self.cfg, self.device, router_logits)
         if num_valid is not None:
             check_num_valid(self.device, num_valid)
@@ -153,6 +151,19 @@ class MoERuntime(CallFlow):
             with torch.cuda.device(self.device):
                 return self._route(router_logits, num_valid)
         return self._route(router_logits, num_valid)
+
+    def _why_not_route(self, weights: ExpertWeights) -> tuple[type[MoertError], str] | None:
+        cfg = self.cfg
+        if not cfg.can_route:
+            return UnsupportedError, (
+                f"route: top_k={cfg.top_k} exceeds num_experts={cfg.num_experts}, so these experts are a "
+                "shard of a layer's; route where all are known, with ids of others outside 0..E-1"
+            )
+        if cfg.routing.correction_bias and weights.correction_bias is None:
+            return WeightsError, (
+                "correction_bias: missing, need [E] float32 because routing.correction_bias=True"
+            )
+        return None
 
     @property
     def weights(self) -> ExpertWeights:

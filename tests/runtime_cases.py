@@ -126,6 +126,7 @@ LAYERS: dict[str, tuple[MoEConfig, str]] = {
     "ungated-bias": (replace(CFG, gated=False, bias=True, activation="gelu"), "transposed"),
     "top-1": (replace(CFG, top_k=1), "plain"),
     "every-expert": (replace(CFG, top_k=5), "plain"),
+    "shard-of-fewer-than-k": (replace(CFG, top_k=7), "plain"),
     "one-expert": (MoEConfig(1, 1, 17, 3, dtype="float32"), "plain"),
     "one-wide": (MoEConfig(3, 2, 1, 1, bias=True, dtype="float32"), "plain"),
     "larger-than-a-tile": (MoEConfig(3, 2, 64, 63, dtype="float32"), "plain"),

@@ -26,7 +26,6 @@ def config(**overrides: Any) -> MoEConfig:
 
 REFUSED = [
     # id, overrides, words of the message
-    ("top-k-above-e", {"top_k": 9}, ["top_k=9", "num_experts=8"]),
     ("top-k-zero", {"top_k": 0}, ["top_k=0", ">= 1"]),
     ("top-k-bool", {"top_k": True}, ["top_k=True"]),
     ("hidden-float", {"hidden_size": 64.0}, ["hidden_size=64.0", "integer"]),
@@ -154,3 +153,13 @@ def test_from_dict_takes_own_names_only() -> None:
 def test_is_frozen() -> None:
     with pytest.raises(AttributeError):
         config().top_k = 3  # type: ignore[misc]
+
+
+def test_a_shard_may_have_fewer_experts_than_a_token_takes() -> None:
+    """Those of the others are ids out of range; a whole layer, as a checkpoint has it, needs K of them."""
+    shard = config(top_k=9)
+    assert not shard.can_route and eval(repr(shard)) == shard
+    assert config(top_k=8).can_route
+    config(top_k=8).check_routing()
+    with pytest.raises(ConfigError, match="top_k=9 exceeds num_experts=8"):
+        shard.check_routing()

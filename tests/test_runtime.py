@@ -22,7 +22,7 @@ from runtime_cases import (
 )
 
 from moert import MoERuntime, TopK
-from moert.errors import InputError, StateError, WeightsError
+from moert.errors import InputError, StateError, UnsupportedError, WeightsError
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -144,6 +144,22 @@ def test_routing_that_needs_a_bias() -> None:
     check_call(rt, make_case(cfg, 2))
     with pytest.raises(WeightsError, match="correction_bias: missing, need"):
         rt.route(torch.zeros(2, 5))
+
+
+@both
+def test_a_shard_of_fewer_experts_than_k(backend: str) -> None:
+    """Most ids are of experts elsewhere: forward computes its part, and nothing can be routed here."""
+    cfg = replace(CFG, num_experts=3, top_k=5)
+    with make_runtime(backend, cfg) as rt:
+        for tokens in (1, 5, 8, 11):
+            check_call(rt, make_case(cfg, tokens, strange=0.6))
+        assert rt.memory()["routing"] == 0
+        message = (
+            "route: top_k=5 exceeds num_experts=3, .* shard of a layer's; route where all are known"
+        )
+        with pytest.raises(UnsupportedError, match=message):
+            rt.route(torch.zeros(2, 3))
+        assert rt.stats()["routes"] == 0
 
 
 def test_large_calls_inside_a_capture_are_refused_first() -> None:

@@ -77,6 +77,9 @@ def test_distinct_experts() -> None:
     assert distinct_experts(128, 8, 1) == pytest.approx(8)
     assert distinct_experts(128, 8, 2) == pytest.approx(15.5)
     assert distinct_experts(8, 8, 5) == pytest.approx(8)
+    assert (
+        distinct_experts(3, 8, 1) == distinct_experts(3, 8, 2) == 3.0
+    )  # a shard: never more than E
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,13 @@ def test_rotated_routings_are_routings(experts: int, top_k: int, tokens: int) ->
     assert not torch.equal(routings[0][1], routings[-1][1]) or experts == top_k
     again = rotated_ids(experts, top_k, tokens, Rotation(9, 2, True))
     assert all(torch.equal(a[1], b[1]) for a, b in zip(routings, again, strict=True))
+
+
+def test_rotated_routings_of_a_shard() -> None:
+    """Fewer experts than K: all of them for every token, and nobody for the other slots."""
+    for _, ids in rotated_ids(3, 5, 4, Rotation(6, 2, True)):
+        assert ids.shape == (4, 5) and ids.dtype is torch.int32
+        assert all(sorted(row) == [-1, -1, 0, 1, 2] for row in ids.tolist())
 
 
 def test_rotation_takes_what_was_unused_longest() -> None:

@@ -63,7 +63,7 @@ def config_from_hf(hf_config: Any) -> MoEConfig:
     check_not_quantized(fields)
     model_type = fields.get("model_type")
     family = FAMILIES.get(str(model_type)) or _inferred(fields)
-    return MoEConfig(
+    cfg = MoEConfig(
         num_experts=_needed(fields, EXPERTS),
         top_k=_needed(fields, TOP_K),
         hidden_size=_needed(fields, ("hidden_size",)),
@@ -75,6 +75,8 @@ def config_from_hf(hf_config: Any) -> MoEConfig:
         dtype=_dtype(fields),
         routing=_routing(fields, family),
     )
+    cfg.check_routing()
+    return cfg
 
 
 def config_from_pretrained(path: str | Path) -> MoEConfig:

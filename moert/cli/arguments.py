@@ -28,7 +28,9 @@ def shape(text: str) -> MoEConfig:
             "size), such as 128,8,2048,768"
         )
     try:
-        return MoEConfig(numbers[0], numbers[1], numbers[2], numbers[3])
+        cfg = MoEConfig(numbers[0], numbers[1], numbers[2], numbers[3])
+        cfg.check_routing()
+        return cfg
     except ConfigError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 

@@ -12,7 +12,7 @@ from moert.arena import Arena
 from moert.call import Call, call_key
 from moert.config import MoEConfig, Routing
 from moert.steps.experts_reference import experts_reference
-from moert.topk import TopK
+from moert.topk import TopK, distinct_ids
 from moert.weights import ExpertWeights
 
 # relative L2 error of a right result: a few roundings to the dtype (of h, of y, of out), measured below half
@@ -136,7 +136,7 @@ def random_inputs(
 
     x = torch.empty(tokens, cfg.hidden_size, dtype=cfg.torch_dtype, device=device)
     x.normal_(generator=generator)
-    ids = uniform(cfg.num_experts).topk(cfg.top_k, dim=1).indices.to(torch.int32)
+    ids = distinct_ids(uniform(cfg.num_experts), cfg.top_k)
     weights = uniform(cfg.top_k) + 0.1
     return x, TopK(weights / weights.sum(dim=1, keepdim=True), ids)
 

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 import torch
 
 from moert.device import DeviceFacts
+from moert.topk import distinct_ids
 
 T = TypeVar("T")
 
@@ -58,7 +59,8 @@ class Rotation:
 
 def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
     """Expected number of experts that T uniformly routed tokens hit: E * (1 - (1 - K/E)^T)."""
-    return float(num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens))
+    missed = max(0.0, 1.0 - top_k / num_experts)
+    return float(num_experts * (1.0 - missed**tokens))
 
 
 def plan_rotation(layer_bytes: int, hit_bytes: int, cache: int, free_bytes: int) -> Rotation:
@@ -103,13 +105,14 @@ def rotated_ids(
         scores = torch.rand(
             tokens, num_experts, generator=generator, dtype=torch.float32, device="cpu"
         )
-        drawn = scores.topk(top_k, dim=1).indices
-        used = drawn.unique()
+        drawn = distinct_ids(scores, top_k).long()
+        used = drawn[drawn >= 0].unique()
         fresh, rest = ages[copy][: used.numel()], ages[copy][used.numel() :]
         names = torch.empty(num_experts, dtype=torch.int64, device="cpu")
         names[used] = fresh[shuffled(used.numel())]
         ages[copy] = torch.cat((rest, fresh))
-        yield copy, names[drawn].to(torch.int32)
+        # K - E of the ids of a shard with fewer experts than K are nobody's
+        yield copy, torch.where(drawn >= 0, names[drawn.clamp_min(0)], -1).to(torch.int32)
 
 
 # (groups of replays that each entrant is timed for, then the fraction that stays): a rough look at all, a
