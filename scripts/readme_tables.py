@@ -25,6 +25,8 @@ from moert.cli.results import crossover  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
+BASELINES = ROOT / "bench" / "baselines"
+NOT_YET = "Not measured on this device yet."
 MARKED = re.compile(r"(<!-- table:([\w.-]+)/([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SORT_COLUMNS = (1, 16, 64, 128, 256, 512, 1024, 4096)
 STRATEGIES = {"none": "none", "one_shot": "one-shot", "multi_phase": "multi-phase"}
@@ -145,11 +147,37 @@ def sort(results: Path) -> str:
     )
 
 
+def versus(results: Path) -> str:
+    """moert's layer beside those of other projects, from the device's baseline."""
+    path = BASELINES / f"{results.name}.json"
+    if not path.exists():
+        return NOT_YET
+    report = json.loads(path.read_text())
+    cells: dict[str, dict[int, float]] = {}
+    for bench in report["benchmarks"]:
+        if bench["group"].startswith("versus "):
+            name = bench["param"].split("-", 1)[1]
+            cells.setdefault(name, {})[bench["extra_info"]["tokens"]] = (
+                bench["stats"]["median"] * 1e6
+            )
+    columns = sorted({t for row in cells.values() for t in row})
+    rows = [
+        [name, *(number(row[t]) if t in row else "" for t in columns)]
+        for name, row in cells.items()
+    ]
+    machine = report["machine_info"]
+    return (
+        f"{table(['layer', *(f'T={t}' for t in columns)], rows)}\n\n"
+        "Microseconds a layer, bfloat16, E=128, K=8, H=2048, I=768; all replayed from graphs, taking turns. "
+        f"{machine['device']},\ntorch {machine['torch']}, triton {machine['triton']}."
+    )
+
+
 def policies(results: Path) -> str:
     """The tuner's choice against the best of the three strategies forced, over E and T."""
     path = results / "policies.json"
     if not path.exists():
-        return "Not measured on this device yet."
+        return NOT_YET
     report = json.loads(path.read_text())
     shape, cells = report["shape"], report["cells"]
     columns = sorted({int(t) for row in cells.values() for t in row})
@@ -245,6 +273,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "layers": layers,
     "sort": sort,
+    "versus": versus,
     "policies": policies,
     "checks": checks,
 }

@@ -158,3 +158,22 @@ def test_code_runs(
     for value in names.values():
         if isinstance(value, (moert.MoERuntime, Prepared)):
             value.close()
+
+
+def test_versus(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BASELINES", tmp_path)
+    assert tables.versus(Path("a-device")) == "Not measured on this device yet."
+    row = {"group": "versus T=8", "extra_info": {"tokens": 8}}
+    benches = [
+        {**row, "param": "T8-moert", "stats": {"median": 20e-6}},
+        {**row, "param": "T8-torch-grouped_mm", "stats": {"median": 123.4e-6}},
+        {"group": "decode T=8", "param": "x", "extra_info": {"tokens": 8}, "stats": {"median": 1}},
+    ]
+    machine = {"device": "A", "torch": "2", "triton": "3"}
+    report = {"machine_info": machine, "benchmarks": benches}
+    (tmp_path / "a-device.json").write_text(json.dumps(report))
+    text = tables.versus(Path("a-device"))
+    assert "| moert | 20.0 |" in text
+    assert "| torch-grouped_mm | 123 |" in text
+    assert "decode" not in text
+    assert "A,\ntorch 2, triton 3." in text
