@@ -1,5 +1,7 @@
 """Device time of routing and of each sorting strategy over T and E; writes sort.json for this device.
 
+Where the strategies cross is recorded in the user's cache as well: `moert.sort` goes by it from then on.
+
     python bench/bench_sort.py [--out DIR]
 
 A figure is one of 20 equal sorts in a graph (K = 8, blocks of 16 rows, fp32 weights, int32 ids, random
@@ -28,6 +30,7 @@ from moert.config import MoEConfig  # noqa: E402
 from moert.device import device_facts  # noqa: E402
 from moert.launch import CompiledLaunch, compile_launch  # noqa: E402
 from moert.runtime import MoERuntime  # noqa: E402
+from moert.steps.sorting.crossovers import record, rows_from_times  # noqa: E402
 from moert.steps.sorting.launches import feasible, sort_fields, sort_launches  # noqa: E402
 from moert.topk import TopK  # noqa: E402
 from moert.weights import ExpertWeights  # noqa: E402
@@ -137,6 +140,11 @@ def main() -> None:
     out = args.out or ROOT / "bench" / "results" / facts.slug
     out.mkdir(parents=True, exist_ok=True)
     (out / "sort.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = json.loads((out / "sort.json").read_text())
+    try:
+        print("recorded in", record(facts, rows_from_times(report["us"], TOP_K)))
+    except OSError as error:
+        print(f"not recorded for moert.sort: {error}")
 
 
 if __name__ == "__main__":

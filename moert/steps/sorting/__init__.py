@@ -34,9 +34,9 @@ def sort(
         topk_weights: [T, K] float32, bfloat16 or float16, unit inner stride, same device.
         num_experts: E, at most 1024 on a GPU.
         block_size: BM, every expert's rows are padded to a multiple of it.
-        policy: 0 the faster one by this device's measured crossover, or by a rule where none was measured
-            (`crossovers.py`); 1 one-shot (a single launch); 2 multi-phase
-            (three launches). Results are the same; on a CPU all three run the same code.
+        policy: 0 the faster one by this device's measured crossover, recorded here or shipped, or by a rule
+            where none was measured (`crossovers.py`); 1 one-shot (a single launch); 2 multi-phase (three
+            launches). Results are the same; on a CPU all three run the same code.
         num_valid: one int32 on the same device; rows from there on are not read.
         expert_mask: [E] int32 on the same device; experts with 0 are left out, and the others numbered
             anew in `sorted_expert_ids`.
