@@ -321,8 +321,8 @@ def test_refuses(fields: Any, kind: type[Exception], words: list[str]) -> None:
             ["'fp8'", "e4m3"],
         ),
         ({"quant_method": "mxfp4"}, ["'mxfp4'"]),
-        ({"quant_method": "gptq", "bits": 4}, ["'gptq'", "bits=4"]),
-        ({"quant_method": "awq"}, ["'awq'"]),
+        ({"quant_method": "gptq", "bits": 8}, ["'gptq'", "bits=8", "8 bits, need 4"]),
+        ({"quant_method": "awq", "version": "gemv"}, ["'awq'", "gemv"]),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
             ["'compressed-tensors'", "pack-quantized"],
@@ -330,7 +330,7 @@ def test_refuses(fields: Any, kind: type[Exception], words: list[str]) -> None:
         (SimpleNamespace(quant_method=SimpleNamespace(value="gptq")), ["'gptq'"]),
     ],
 )
-def test_quantized_is_unsupported_for_now(quantization: Any, words: list[str]) -> None:
+def test_other_quantizations_are_unsupported(quantization: Any, words: list[str]) -> None:
     for fields in (
         {**QWEN, "quantization_config": quantization},
         {"model_type": "some_vl", "text_config": QWEN, "quantization_config": quantization},

@@ -10,12 +10,12 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moert.checkpoint.hf_config import LOADABLE
+from moert.checkpoint.packing import LOADABLE
 from moert.errors import UnsupportedError, WeightsError
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
-_READABLE: Final = ("BF16", "F16", "F32")
+FLOATS: Final = ("BF16", "F16", "F32")
 
 
 class TensorFiles:
@@ -58,25 +58,31 @@ class TensorFiles:
         """The dtype in the file's header, as "BF16"."""
         return str(self._slice(name).get_dtype())
 
-    def check_dtype(self, name: str) -> None:
-        """Refuse a tensor that `read` cannot read; reads no data.
+    def check_dtype(self, name: str, dtypes: tuple[str, ...] = FLOATS) -> None:
+        """Refuse a tensor of another dtype; reads no data.
 
         Raises:
-            UnsupportedError: the tensor is of a quantised or integer dtype.
+            UnsupportedError: floats are wanted, and the tensor is of a quantised or integer dtype.
+            WeightsError: it is not of one of the `dtypes`.
         """
-        if self.dtype(name) not in _READABLE:
-            raise UnsupportedError(
-                f"{name}: stored as {self.dtype(name)}, a quantised or integer format; "
-                f"what can be loaded: {LOADABLE}"
-            )
+        if self.dtype(name) in dtypes:
+            return
+        if dtypes != FLOATS:
+            raise WeightsError(f"{name}: stored as {self.dtype(name)}, need {' or '.join(dtypes)}")
+        raise UnsupportedError(
+            f"{name}: stored as {self.dtype(name)}, a quantised or integer format; "
+            f"what can be loaded: {LOADABLE}"
+        )
 
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, index: int | None = None, dtypes: tuple[str, ...] = FLOATS
+    ) -> torch.Tensor:
         """A tensor on the CPU, or `tensor[index]` read alone.
 
         Raises:
-            UnsupportedError: the tensor is of a quantised or integer dtype.
+            UnsupportedError, WeightsError: see `check_dtype`.
         """
-        self.check_dtype(name)
+        self.check_dtype(name, dtypes)
         part = self._slice(name)
         # safetensors makes tensors on the caller's default device
         with torch.device("cpu"):

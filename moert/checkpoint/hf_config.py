@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moert.checkpoint.families import FAMILIES, Family
+from moert.checkpoint.packing import QUANTIZED, packing_of
 from moert.config import GROUP_SCORES, SCORINGS, MoEConfig, Routing
 from moert.errors import ConfigError, UnsupportedError
 
@@ -24,8 +25,6 @@ EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 TOP_K: Final = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "experts_per_token")
 NESTED: Final = ("text_config", "thinker_config", "llm_config", "language_config")
 DTYPES: Final = ("dtype", "torch_dtype")
-QUANTIZED: Final = ("quantization_config", "compression_config")
-LOADABLE: Final = "bfloat16, float16 and float32 tensors"
 _ACTIVATIONS: Final = {
     "silu": "silu",
     "swish": "silu",
@@ -57,10 +56,10 @@ def config_from_hf(hf_config: Any) -> MoEConfig:
 
     Raises:
         ConfigError: no experts, an unknown family, a missing or contradictory field.
-        UnsupportedError: a quantised checkpoint, or an activation outside the list.
+        UnsupportedError: a quantisation that `packing_of` does not know, or an activation outside the list.
     """
     fields = text_fields(_as_dict(hf_config))
-    check_not_quantized(fields)
+    packing = packing_of(fields)
     model_type = fields.get("model_type")
     family = FAMILIES.get(str(model_type)) or _inferred(fields)
     cfg = MoEConfig(
@@ -74,6 +73,7 @@ def config_from_hf(hf_config: Any) -> MoEConfig:
         bias=family.bias,
         dtype=_dtype(fields),
         routing=_routing(fields, family),
+        quant=None if packing is None else packing.quant,
     )
     cfg.check_routing()
     return cfg
@@ -130,26 +130,6 @@ def text_fields(fields: Fields) -> Fields:
         f"model_type={fields.get('model_type')!r}: no experts; none of {', '.join(EXPERTS)} is set, "
         f"nor in {', '.join(NESTED)}"
     )
-
-
-def check_not_quantized(fields: Fields) -> None:
-    """Refuse a config that says its tensors are quantised, naming the format."""
-    for key in QUANTIZED:
-        quantization = fields.get(key)
-        if not quantization:
-            continue
-        if isinstance(quantization, Mapping):
-            get = quantization.get
-        else:
-            get = getattr(quantization, "__dict__", {"quant_method": quantization}).get
-        name = get("quant_method") or get("quant_type") or get("fmt") or "unnamed"
-        details = [
-            f"{k}={get(k)!r}" for k in ("fmt", "format", "bits", "weight_block_size") if get(k)
-        ]
-        raise UnsupportedError(
-            f"{key}: the checkpoint is quantised as {str(getattr(name, 'value', name))!r}"
-            f"{' (' + ', '.join(details) + ')' if details else ''}; what can be loaded: {LOADABLE}"
-        )
 
 
 def _as_dict(hf_config: Any) -> Fields:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,14 @@ from typing import Any
 import torch
 
 from moert.checkpoint.files import TensorFiles
-from moert.checkpoint.hf_config import (
-    check_not_quantized,
-    config_from_hf,
-    read_config,
-    text_fields,
-)
-from moert.checkpoint.names import (
-    FUSED_B2,
-    FUSED_B13,
-    FUSED_W2,
-    FUSED_W13,
-    HASH_TABLE,
-    Located,
-    Names,
-    locate,
-)
+from moert.checkpoint.hf_config import config_from_hf, read_config, text_fields
+from moert.checkpoint.int4_experts import Int4Reader, same_quant
+from moert.checkpoint.layer_files import LayerFiles, Shape
+from moert.checkpoint.names import FUSED_W2, FUSED_W13, HASH_TABLE, Located, Names, locate
+from moert.checkpoint.packing import Packing, packing_of
 from moert.config import MoEConfig
 from moert.errors import UnsupportedError, WeightsError
-
-Shape = tuple[int, ...]
+from moert.quantization.experts import quantize_layer
 
 
 def expert_layers(path: str | Path) -> tuple[int, ...]:
@@ -44,7 +31,7 @@ def load_layer(
     layer: int,
     device: str | torch.device = "cpu",
     cfg: MoEConfig | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """The tensors of one MoE layer, in canonical layout whatever the file's.
 
     Only this layer's bytes are read, one expert at a time, so the extra memory is one expert's.
@@ -56,7 +43,9 @@ def load_layer(
         cfg: shapes and dtype wanted; default: what config.json says.
 
     Returns:
-        w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I], contiguous, of cfg.dtype;
+        w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I], contiguous, of cfg.dtype, or an
+        `Int4Matrix` each, packed expert by expert as they are read (rounded from the whole layer where
+        cfg.quant asks for int4 and the checkpoint is not quantised);
         router_weight [E, H] of the file's dtype, because the choice of experts is sensitive to it; where
         the family has them: b13 [E, 2I], b2 [E, H] of cfg.dtype, router_bias [E] of the file's dtype,
         correction_bias [E] float32.
@@ -64,11 +53,13 @@ def load_layer(
     Raises:
         ConfigError: config.json is missing or not understood.
         WeightsError: a missing file or tensor, a wrong shape, a dense layer, no such layer.
-        UnsupportedError: quantised tensors, or a layer that is not routed by a score.
+        UnsupportedError: quantised tensors of another format than cfg.quant tells, or a layer that is not
+            routed by a score.
     """
     fields = text_fields(read_config(path))
-    check_not_quantized(fields)
+    packing = packing_of(fields)
     cfg = cfg or config_from_hf(fields)
+    same_quant(cfg, packing)
     if not cfg.gated:
         raise UnsupportedError(
             "gated=False: every known checkpoint layout has a gate and an up matrix"
@@ -81,20 +72,38 @@ def load_layer(
                 f"layer={layer}: its experts are looked up by token id ({block}{HASH_TABLE}), not chosen "
                 "by a score; what can be loaded: layers with a score-based router"
             )
-        return _Reader(files, block, located.names, cfg, torch.device(device)).all()
+        loaded = _reader(packing, files, block, located.names, cfg, torch.device(device)).all()
+    if cfg.quant is not None and packing is None:
+        rounded = quantize_layer(loaded["w13"], loaded["w2"], loaded.get("b13"), False, cfg.quant)
+        loaded |= {name: rounded[name] for name in ("w13", "w2")}
+    return loaded
 
 
-def layer_problems(files: TensorFiles, block: str, names: Names, cfg: MoEConfig) -> list[str]:
+def layer_problems(
+    files: TensorFiles,
+    block: str,
+    names: Names,
+    cfg: MoEConfig,
+    packing: Packing | None = None,
+) -> list[str]:
     """Everything that keeps one layer from being loaded, read from the files' headers alone.
 
     Args:
         block, names: as `locate` gives them.
+        packing: of the checkpoint's int4 matrices, if it has any.
     """
     if block + HASH_TABLE in files:
         return [f"{block}{HASH_TABLE}: experts are looked up by token id, not chosen by a score"]
-    reader = _Reader(files, block, names, cfg, torch.device("meta"), problems=[])
+    reader = _reader(packing, files, block, names, cfg, torch.device("meta"), [])
     reader.check()
     return list(dict.fromkeys(reader.problems or ()))
+
+
+def _reader(packing: Packing | None, *args: Any) -> _Reader | Int4Reader:
+    cfg: MoEConfig = args[3]
+    if cfg.quant is None or packing is None:
+        return _Reader(*args)
+    return Int4Reader(packing, *args)
 
 
 def _block_of(files: TensorFiles, located: Located, layer: int) -> str:
@@ -124,24 +133,8 @@ def ranges(numbers: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-class _Reader:
-    """One layer's tensors: names checked, shapes checked, then copied.
-
-    Args:
-        problems: collects what is wrong; None raises the first.
-    """
-
-    def __init__(
-        self,
-        files: TensorFiles,
-        block: str,
-        names: Names,
-        cfg: MoEConfig,
-        device: torch.device,
-        problems: list[str] | None = None,
-    ) -> None:
-        self.files, self.block, self.names, self.cfg, self.device = files, block, names, cfg, device
-        self.problems = problems
+class _Reader(LayerFiles):
+    """One layer's floating tensors: checked, then copied."""
 
     @property
     def is_fused(self) -> bool:
@@ -149,24 +142,21 @@ class _Reader:
 
     def check(self) -> None:
         """All names, shapes and dtypes; reads no data."""
-        self._small()
+        self.small()
         if self.is_fused:
             self._check_fused()
         else:
             self._check_separate()
         if self.cfg.bias:
-            self._check_biases()
+            self.check_fused_biases()
 
     def all(self) -> dict[str, torch.Tensor]:
         cfg = self.cfg
-        small = self._small()
+        small = self.small()
         loaded = self._fused() if self.is_fused else self._separate()
         if cfg.bias:
-            loaded |= self._biases()
-        for key, name in small.items():
-            dtype = torch.float32 if key == "correction_bias" else None
-            loaded[key] = self.files.read(name).to(device=self.device, dtype=dtype, copy=True)
-        return loaded
+            loaded |= self.read_fused_biases()
+        return loaded | self.read_small(small)
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.cfg.torch_dtype, device=self.device)
@@ -181,11 +171,8 @@ class _Reader:
         }
         for e in range(experts):
             for leaf, shape in shapes.items():
-                self._check(self._expert(e, leaf), shape)
-        if self._expert(experts, names.down) in self.files:
-            self._fail(
-                f"{self._expert(experts, names.down)}: exists, but num_experts={experts} was expected"
-            )
+                self.check_tensor(self.expert(e, leaf), shape)
+        self.check_no_more_experts(names.down)
 
     def _separate(self) -> dict[str, torch.Tensor]:
         """`experts.<e>.<gate|up|down>`: 3E tensors, all checked before the first is read."""
@@ -194,9 +181,9 @@ class _Reader:
         experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
         w13, w2 = self._empty(experts, 2 * inner, hidden), self._empty(experts, hidden, inner)
         for e in range(experts):
-            w13[e, :inner].copy_(self.files.read(self._expert(e, names.gate)))
-            w13[e, inner:].copy_(self.files.read(self._expert(e, names.up)))
-            w2[e].copy_(self.files.read(self._expert(e, names.down)))
+            w13[e, :inner].copy_(self.files.read(self.expert(e, names.gate)))
+            w13[e, inner:].copy_(self.files.read(self.expert(e, names.up)))
+            w2[e].copy_(self.files.read(self.expert(e, names.down)))
         return {"w13": w13, "w2": w2}
 
     def _check_fused(self) -> bool:
@@ -209,13 +196,13 @@ class _Reader:
             w2_name: (experts, hidden, inner),
         }
         turned = {name: (shape[0], shape[2], shape[1]) for name, shape in straight.items()}
-        checked = [self._check(name, shape, turned[name]) for name, shape in straight.items()]
+        checked = [self.check_tensor(name, shape, turned[name]) for name, shape in straight.items()]
         if not all(checked):
             return False
-        given = {name: self._shape(name) for name in straight}
+        given = {name: self.shape(name) for name in straight}
         # 2I = H and H = I cannot both hold, so the two shapes together always tell the orientation
         if given not in (straight, turned):
-            self._fail(
+            self.fail(
                 f"{w13_name} {list(given[w13_name])} and {w2_name} {list(given[w2_name])}: one is "
                 "transposed and the other is not"
             )
@@ -238,69 +225,3 @@ class _Reader:
                 else:
                     target[e].copy_(rows)
         return {"w13": w13, "w2": w2}
-
-    def _check_biases(self) -> None:
-        cfg = self.cfg
-        self._check(self.block + FUSED_B13, (cfg.num_experts, 2 * cfg.intermediate_size))
-        self._check(self.block + FUSED_B2, (cfg.num_experts, cfg.hidden_size))
-
-    def _biases(self) -> dict[str, torch.Tensor]:
-        self._check_biases()
-        cfg = self.cfg
-        name13, name2 = self.block + FUSED_B13, self.block + FUSED_B2
-        b13 = self.files.read(name13)
-        if self.names.fused_interleaved:
-            b13 = torch.cat((b13[:, 0::2], b13[:, 1::2]), dim=1)
-        where: dict[str, Any] = {"device": self.device, "dtype": cfg.torch_dtype, "copy": True}
-        return {"b13": b13.to(**where), "b2": self.files.read(name2).to(**where)}
-
-    def _small(self) -> dict[str, str]:
-        """The names of the router's tensors, checked; read last, but missed first."""
-        cfg, names = self.cfg, self.names
-        found = {"router_weight": self._first(names.router, (cfg.num_experts, cfg.hidden_size))}
-        if names.router_bias:
-            found["router_bias"] = self._first(names.router_bias, (cfg.num_experts,))
-        if cfg.routing.correction_bias:
-            found["correction_bias"] = self._first(names.correction_bias, (cfg.num_experts,))
-        return found
-
-    def _expert(self, e: int, leaf: str) -> str:
-        return f"{self.block}experts.{e}.{leaf}"
-
-    def _first(self, leaves: tuple[str, ...], shape: Shape) -> str:
-        options = [self.block + leaf for leaf in leaves]
-        name = next((option for option in options if option in self.files), options[0])
-        self._check(name, shape)
-        return name
-
-    def _shape(self, name: str) -> Shape:
-        if name not in self.files:
-            raise WeightsError(f"{name}: missing from {self.files.path}{self._near(name)}")
-        return self.files.shape(name)
-
-    def _check(self, name: str, *shapes: Shape) -> bool:
-        """Whether a tensor is there, of one of the shapes and, where problems are collected, readable."""
-        try:
-            given = self._shape(name)
-            if given not in shapes:
-                needed = " or ".join(str(list(shape)) for shape in shapes)
-                raise WeightsError(f"{name}: shape {list(given)}, need {needed}")
-            if self.problems is not None:
-                self.files.check_dtype(name)
-        except (WeightsError, UnsupportedError) as error:
-            if self.problems is None:
-                raise
-            self.problems.append(str(error))
-            return False
-        return True
-
-    def _fail(self, text: str) -> None:
-        if self.problems is None:
-            raise WeightsError(text)
-        self.problems.append(text)
-
-    def _near(self, name: str) -> str:
-        # comparing against one layer's names only: a large checkpoint has 100,000 of them
-        local = [key for key in self.files.names() if key.startswith(self.block)]
-        near = difflib.get_close_matches(name, local, n=3, cutoff=0.8)
-        return f"; near names there: {', '.join(near)}" if near else ""

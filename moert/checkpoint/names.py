@@ -44,6 +44,8 @@ class Names:
     fused_interleaved: bool = False
 
 
+# what an expert's matrix ends in: floating, or the codes of a packed one (GPTQ and AWQ, compressed-tensors)
+MATRICES: Final = ("weight", "qweight", "weight_packed")
 # fused tensors of all experts, [E, 2I, H] and [E, H, I] or both transposed; biases [E, 2I], [E, H]
 FUSED_W13: Final = "experts.gate_up_proj"
 FUSED_W2: Final = "experts.down_proj"
@@ -124,10 +126,11 @@ def locate(keys: Iterable[str], model_type: str) -> Located:
 
 
 def _blocks(keys: list[str], prefix: str, names: Names) -> dict[int, str]:
-    leaves = "|".join(re.escape(leaf) for leaf in (names.gate, names.up, names.down))
+    bases = (re.escape(leaf.removesuffix(".weight")) for leaf in (names.gate, names.up, names.down))
+    leaves = f"(?:{'|'.join(bases)})\\.(?:{'|'.join(MATRICES)})$"
     block = "|".join(re.escape(name) for name in names.blocks)
     pattern = re.compile(
-        rf"{re.escape(prefix)}(\d+)\.({block})\.experts\.(?:\d+\.(?:{leaves})|gate_up_proj$|down_proj$)"
+        rf"{re.escape(prefix)}(\d+)\.({block})\.experts\.(?:\d+\.{leaves}|gate_up_proj$|down_proj$)"
     )
     matches = (pattern.match(key) for key in keys)
     found = {int(m[1]): f"{prefix}{m[1]}.{m[2]}." for m in matches if m}

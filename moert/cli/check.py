@@ -13,6 +13,7 @@ from moert.checkpoint.files import TensorFiles
 from moert.checkpoint.hf_config import config_from_hf, read_config, text_fields
 from moert.checkpoint.loader import layer_problems, ranges
 from moert.checkpoint.names import Located, locate
+from moert.checkpoint.packing import Packing, packing_of
 from moert.cli.absent import absent_weights
 from moert.cli.arguments import directory, print_json, size
 from moert.config import MoEConfig
@@ -45,6 +46,7 @@ class Found:
     path: str
     model_type: str | None = None
     config: str | None = None
+    packing: str | None = None
     dense_layers: list[int] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -74,12 +76,13 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(path: Path) -> Found:
     """As much as can be found out: a config that is not understood still leaves the files to look at."""
-    found, cfg = Found(str(path)), None
+    found, cfg, packing = Found(str(path)), None, None
     try:
         fields = text_fields(read_config(path))
         found.model_type = fields.get("model_type")
-        cfg = config_from_hf(fields)
+        cfg, packing = config_from_hf(fields), packing_of(fields)
         found.config = repr(cfg)
+        found.packing = None if packing is None else str(packing)
     except MoertError as error:
         found.problems.append(str(error))
     try:
@@ -88,13 +91,15 @@ def examine(path: Path) -> Found:
             found.dense_layers = [n for n in located.layers if n not in located.blocks]
             if not located.blocks:
                 found.problems.append(f"{path}: no layer with experts among the tensors' names")
-            found.layers = examine_layers(files, located, cfg)
+            found.layers = examine_layers(files, located, cfg, packing)
     except MoertError as error:
         found.problems.append(str(error))
     return found
 
 
-def examine_layers(files: TensorFiles, located: Located, cfg: MoEConfig | None) -> list[Layer]:
+def examine_layers(
+    files: TensorFiles, located: Located, cfg: MoEConfig | None, packing: Packing | None
+) -> list[Layer]:
     """Every layer; without a config, only the formats of its tensors."""
     names: dict[str, list[str]] = {block: [] for block in located.blocks.values()}
     depth = {block.count(".") for block in names}
@@ -103,13 +108,13 @@ def examine_layers(files: TensorFiles, located: Located, cfg: MoEConfig | None) 
             block = ".".join(name.split(".")[:dots]) + "."
             if block in names:
                 names[block].append(name)
-    nbytes = layer_bytes(cfg) if cfg else 0
+    nbytes = layer_bytes(cfg, packing) if cfg else 0
     progress = Progress(str(files.path), len(located.blocks), verb="checking")
     layers = []
     try:
         for done, (number, block) in enumerate(located.blocks.items()):
             progress.update(done, f"layer {number}")
-            problems = layer_problems(files, block, located.names, cfg) if cfg else []
+            problems = layer_problems(files, block, located.names, cfg, packing) if cfg else []
             layers.append(Layer(number, nbytes, formats(files, names[block], problems), problems))
     finally:
         progress.close()
@@ -127,10 +132,12 @@ def formats(files: TensorFiles, names: list[str], problems: list[str]) -> dict[s
     return dict(counts)
 
 
-def layer_bytes(cfg: MoEConfig) -> int:
-    """What one layer's experts, router and biases take in cfg.dtype."""
+def layer_bytes(cfg: MoEConfig, packing: Packing | None = None) -> int:
+    """What one layer's experts, router and biases take in cfg.dtype, or packed as int4."""
     router = cfg.num_experts * cfg.hidden_size * cfg.torch_dtype.itemsize
-    return absent_weights(cfg).nbytes + router
+    # the order in which each expert's columns are stored, int32
+    order = 4 * cfg.num_experts * cfg.hidden_size if packing and packing.act_order else 0
+    return absent_weights(cfg).nbytes + router + order
 
 
 def print_found(found: Found) -> None:
@@ -146,6 +153,8 @@ def print_found(found: Found) -> None:
         total.update(layer.formats)
     counts: Any = ", ".join(f"{count} {name}" for name, count in total.items())
     print(f"tensors of these layers: {counts or 'none'}")
+    if found.packing:
+        print(f"experts: {found.packing}")
     if found.nbytes:
         print(f"memory: {size(found.layers[0].nbytes)} a layer, {size(found.nbytes)} in total")
     problems = found.all_problems
