@@ -18,15 +18,16 @@ from typing import Any
 import torch
 
 from moert.backends.base import Backend
-from moert.backends.registry import select_backend
+from moert.backends.registry import rival, select_backend
 from moert.config import MoEConfig
 from moert.device import device_facts
 from moert.env import SORT_POLICIES, TUNE_MODES, Env, read_env
 from moert.errors import ConfigError, StateError, WeightsError
 from moert.host_executor import HostExecutor
-from moert.plan import PlanReport
+from moert.plan import Plan, PlanReport
 from moert.share import Options, ShareGroup
 from moert.streams import refuse_inside_capture
+from moert.tuning.contest import contest
 from moert.tuning.tuner import plan_buckets
 from moert.weights import ExpertWeights
 
@@ -146,19 +147,23 @@ def _build(
     refuse_inside_capture(place, "MoERuntime")
     # whatever can be refused is, before a checkpoint is read
     if share is not None:
-        kind, notes = share.kind, share.notes
+        kind, notes, other = share.kind, share.notes, None
         weights = _weights(cfg, weights, layer, place)
         group = share.group
     else:
-        kind, notes = select_backend(_wish(wishes.pop("backend"), env.backend, "auto"), cfg, facts)
+        name = _wish(wishes.pop("backend"), env.backend, "auto")
+        kind, notes = select_backend(name, cfg, facts)
         options = plan_options(env, place, **wishes)
+        other = None
+        if name == "auto":
+            other = rival(kind, cfg, facts, graphs=options.graphs, tune=options.tune)
         if options.graphs == "own" and not kind.uses_graphs:
             options = replace(options, graphs="host")
         weights = _weights(cfg, weights, layer, place)
         group = ShareGroup(cfg, place, facts, options)
     device_of = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
     with device_of:
-        return _assemble(group, kind(cfg, weights, facts), weights, notes, env)
+        return _assemble(group, kind(cfg, weights, facts), weights, notes, env, other)
 
 
 def _assemble(
@@ -167,19 +172,14 @@ def _assemble(
     weights: ExpertWeights,
     notes: tuple[str, ...],
     env: Env,
+    other: type[Backend] | str | None,
 ) -> Built:
     with group.lock:
         if group.closed:  # by another thread, since share= was looked at
             raise StateError("share: the runtime is closed; make a new MoERuntime")
         if not group.plans:
-            group.plans = plan_buckets(
-                backend,
-                plan_sizes(group.options),
-                policy=group.options.sort_policy,
-                mode=group.options.tune,
-                tuning_dir=env.tuning_dir,
-                notes=group.notes,
-            )
+            backend, group.plans, said = contest(backend, other, lambda b: _plans(group, b, env))
+            notes = (*notes, *said)
             group.make_arenas()
             group.labels.prepare(group.plans)
         executor: Any
@@ -191,6 +191,18 @@ def _assemble(
             executor = HostExecutor(group, backend)
         group.join(executor)
     return Built(group, backend, weights, executor, notes, type(backend))
+
+
+def _plans(group: ShareGroup, backend: Backend, env: Env) -> tuple[Plan, ...]:
+    options = group.options
+    return plan_buckets(
+        backend,
+        plan_sizes(options),
+        policy=options.sort_policy,
+        mode=options.tune,
+        tuning_dir=env.tuning_dir,
+        notes=group.notes,
+    )
 
 
 def plan_sizes(options: Options) -> list[tuple[int, bool]]:
