@@ -20,7 +20,7 @@ exactly T rows, or join the capture of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 import torch
@@ -29,12 +29,13 @@ from moert.arena import Field
 from moert.backends.aiter_ops import AiterOps, find_aiter
 from moert.backends.aiter_sequences import (
     POLICY,
-    SEQUENCES,
     Packed,
+    Sequence,
     Step,
     Views,
     block_m,
     exact_views,
+    sequence_of,
     sort_fields,
 )
 from moert.backends.base import Backend, Program, Router
@@ -59,10 +60,11 @@ class AiterBackend(Backend):
 
     def __init__(self, cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts) -> None:
         super().__init__(cfg, weights, facts)
-        self.sequence = SEQUENCES[cfg.dtype]
-        ops = find_aiter(self.sequence.operators)
-        if isinstance(ops, str):
+        sequence = sequence_of(cfg)
+        ops = sequence if isinstance(sequence, str) else find_aiter(sequence.operators)
+        if isinstance(sequence, str) or isinstance(ops, str):
             raise UnsupportedError(f"backend aiter: {ops}")
+        self.sequence: type[Sequence] = sequence
         self.ops: AiterOps = ops
         self.packed: Packed = self.sequence.pack(ops, weights)
         # kernels of ours run where the tensors are
@@ -70,18 +72,23 @@ class AiterBackend(Backend):
         self._workspaces = [0]
 
     @staticmethod
-    def supports(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+    def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+        """Why no AITER whatsoever could serve the configuration on the device, or None; pure."""
         if facts.kind != "hip":
             return "AITER is for ROCm devices"
         if facts.warp_size != 64:
             return f"AITER's GEMMs are for CDNA devices, {facts.name} ({facts.arch}) is none"
-        if cfg.quant is not None:
-            return f"quant={cfg.quant}: reads floating weights only"
-        sequence = SEQUENCES.get(cfg.dtype)
-        if sequence is None:
-            return f"dtype={cfg.dtype!r} is not one of {', '.join(SEQUENCES)}"
-        if reason := sequence.refuses(cfg) or TritonBackend.supports(cfg, facts):
+        sequence = sequence_of(cfg)
+        if isinstance(sequence, str):
+            return sequence
+        return sequence.refuses(cfg) or TritonBackend.supports(cfg, facts)
+
+    @staticmethod
+    def supports(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+        if reason := AiterBackend.refuses(cfg, facts):
             return reason
+        sequence = sequence_of(cfg)
+        assert not isinstance(sequence, str)
         ops = find_aiter(sequence.operators)
         if isinstance(ops, str):
             return ops
@@ -117,7 +124,7 @@ class AiterBackend(Backend):
         able = [s for s in POLICY if self.infeasible(s, tokens) is None]
         return Choice(preferred if preferred in able else able[0])
 
-    def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
+    def candidates(self, tokens: int, strategies: abc.Sequence[str]) -> list[Choice]:
         able = [s for s in POLICY if s in strategies and self.infeasible(s, tokens) is None]
         return sorted((Choice(s) for s in able), key=lambda c: c != self.default_choice(tokens))
 
@@ -133,7 +140,7 @@ class AiterBackend(Backend):
     def fields(self, tokens: int, choice: Choice) -> tuple[Field, ...]:
         block = block_m(self.cfg, self.facts, tokens)
         sort = sort_fields(self.cfg, tokens, block, self._workspace(tokens, choice))
-        return (*sort, *self.sequence.fields(self.cfg, tokens))
+        return (*sort, *self.sequence.fields(self.cfg, tokens, block))
 
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
         return ("checked_rows_kernel", self.ops.sort_name, *self.sequence.operators)

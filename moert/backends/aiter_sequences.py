@@ -1,14 +1,20 @@
 """Which of AITER's operators serve weights of one format, in which order, on which buffers.
 
-A sequence per format of the weights: this table is what further formats are added to. Layouts and limits are
-those of github.com/ROCm/aiter (aiter/ops, csrc/include/moe_sorting_opus.h, csrc/ck_gemm_moe_2stages_codegen).
+One `Sequence` per format of the weights, found in `SEQUENCES`; the backend around it (checked ids, sort,
+policies, exact views, what runs instead) knows none of them. A format that quantises activations adds its
+operators to `operators`, its scales to a subclass of `Packed`, its buffers to `fields`, and a step before
+each GEMM to `steps`: steps run after the sort, so they may read the sorted lists.
+
+Layouts and limits are those of github.com/ROCm/aiter (aiter/ops, csrc/include/moe_sorting_opus.h,
+csrc/ck_gemm_moe_2stages_codegen).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,7 +51,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.w1, self.w2, self.expert_mask)
+        tensors = (getattr(self, field.name) for field in fields(self))
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -91,20 +97,63 @@ def exact_views(cfg: MoEConfig, views: Views, tokens: int, block: int) -> dict[s
     return exact
 
 
-class Plain:
+class Sequence(ABC):
+    """The operators that serve one format of weights; nothing of it holds state.
+
+    Class attributes:
+        operators: name to the parameters that are passed, beside the sort's.
+    """
+
+    operators: ClassVar[Mapping[str, tuple[str, ...]]]
+
+    @staticmethod
+    @abstractmethod
+    def refuses(cfg: MoEConfig) -> str | None:
+        """Why it cannot compute a layer, or None; pure."""
+
+    @staticmethod
+    @abstractmethod
+    def fields(cfg: MoEConfig, tokens: int, block: int) -> tuple[Field, ...]:
+        """Arena buffers of up to `tokens` rows, beside the sort's; pure.
+
+        "h" [T * K, I] must be among them: rows with gaps are computed by direct kernels that need it.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def pack(ops: AiterOps, weights: ExpertWeights, into: Packed | None = None) -> Packed:
+        """The weights as the operators read them.
+
+        Args:
+            into: packed before: its storage is written again, and programs bound to it stay valid.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def steps(
+        cfg: MoEConfig, ops: AiterOps, packed: Packed, views: Views, tokens: int, block: int
+    ) -> tuple[Step, ...]:
+        """What follows the sort, for calls of exactly `tokens` rows.
+
+        Args:
+            views: `exact_views`; `fields` are as long as the program's largest call.
+            block: rows of a block: the sort's unit_size and the GEMMs' block_m.
+        """
+
+
+class Plain(Sequence):
     """bfloat16 and float16 weights: sort, gate/up with its activation, down.
 
     Stage 1 writes row `token * K + slot` of h; stage 2 weights those rows and adds them to the rows of `out`.
     """
 
-    operators: Mapping[str, tuple[str, ...]] = {
+    operators: ClassVar = {
         "ck_moe_stage1_fwd": ("hidden_states", *GEMM),
         "ck_moe_stage2_fwd": ("inter_states", *GEMM),
     }
 
     @staticmethod
     def refuses(cfg: MoEConfig) -> str | None:
-        """Why it cannot compute a layer, or None."""
         narrow = {
             name: size
             for name, size in (("H", cfg.hidden_size), ("I", cfg.intermediate_size))
@@ -125,16 +174,12 @@ class Plain:
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     @staticmethod
-    def fields(cfg: MoEConfig, tokens: int) -> tuple[Field, ...]:
+    def fields(cfg: MoEConfig, tokens: int, block: int) -> tuple[Field, ...]:
         return (Field("h", (tokens * cfg.top_k, cfg.intermediate_size), cfg.torch_dtype),)
 
     @staticmethod
     def pack(ops: AiterOps, weights: ExpertWeights, into: Packed | None = None) -> Packed:
-        """Shuffle expert by expert, so that no more than one is ever there a third time.
-
-        Args:
-            into: packed before: its storage is written again, and programs bound to it stay valid.
-        """
+        """Shuffle expert by expert, so that no more than one is ever there a third time."""
         experts = weights.w13.shape[0]
         if into is None:
             mask = torch.ones(experts + 1, dtype=torch.int32, device=weights.device)
@@ -159,7 +204,6 @@ class Plain:
     def steps(
         cfg: MoEConfig, ops: AiterOps, packed: Packed, views: Views, tokens: int, block: int
     ) -> tuple[Step, ...]:
-        """What follows the sort, for calls of exactly `tokens` rows; `views` are `exact_views`."""
         rows = (views["sorted_token_ids"], views["sorted_expert_ids"], views["num_valid_ids"])
         h = views["h"][: tokens * cfg.top_k].view(tokens, cfg.top_k, cfg.intermediate_size)
         stage1, stage2 = ops.module.ck_moe_stage1_fwd, ops.module.ck_moe_stage2_fwd
@@ -179,4 +223,14 @@ class Plain:
         return gate_up, down
 
 
-SEQUENCES: dict[str, type[Plain]] = {"bfloat16": Plain, "float16": Plain}
+# by the format of the weights: the dtype, or that of the quantisation
+SEQUENCES: dict[str, type[Sequence]] = {"bfloat16": Plain, "float16": Plain}
+
+
+def sequence_of(cfg: MoEConfig) -> type[Sequence] | str:
+    """The sequence for a layer's weights, or the reason why there is none."""
+    format_ = cfg.dtype if cfg.quant is None else cfg.quant.format
+    if format_ in SEQUENCES:
+        return SEQUENCES[format_]
+    what = f"dtype={cfg.dtype!r}" if cfg.quant is None else f"quant.format={format_!r}"
+    return f"{what} is not one of {', '.join(SEQUENCES)}"
