@@ -9,6 +9,7 @@ import torch
 from moert.call import Key
 from moert.config import MoEConfig
 from moert.errors import InputError
+from moert.tensor_check import check_tensor
 from moert.topk import ID_DTYPES, TopK
 
 PADS = ("keep", "zero")
@@ -31,10 +32,11 @@ def check_forward(
             not one int32; pad unknown.
     """
     dtype, tokens = cfg.torch_dtype, rows_of("x", x, f"H={cfg.hidden_size}")
-    _tensor("x", x, (tokens, cfg.hidden_size), (dtype,), device)
-    _tensor("out", out, (tokens, cfg.hidden_size), (dtype,), device)
-    _tensor("topk.ids", topk.ids, (tokens, cfg.top_k), ID_DTYPES, device)
-    _tensor("topk.weights", topk.weights, (tokens, cfg.top_k), (torch.float32, dtype), device)
+    weights, wide, narrow = (torch.float32, dtype), (tokens, cfg.hidden_size), (tokens, cfg.top_k)
+    check_tensor("x", x, (dtype,), device, wide, gradients=False)
+    check_tensor("out", out, (dtype,), device, wide, gradients=False)
+    check_tensor("topk.ids", topk.ids, ID_DTYPES, device, narrow, gradients=False)
+    check_tensor("topk.weights", topk.weights, weights, device, narrow, gradients=False)
     if tokens > 1 and out.stride(0) < cfg.hidden_size:
         raise InputError(f"out: got row stride {out.stride(0)}, need at least H={cfg.hidden_size}")
     for name, tensor in (("x", x), ("topk.ids", topk.ids), ("topk.weights", topk.weights)):
@@ -110,7 +112,8 @@ def check_logits(cfg: MoEConfig, device: torch.device, logits: torch.Tensor) -> 
     """
     tokens = rows_of("router_logits", logits, f"E={cfg.num_experts}")
     floats = (torch.float32, torch.bfloat16, torch.float16)
-    _tensor("router_logits", logits, (tokens, cfg.num_experts), floats, device)
+    shape = (tokens, cfg.num_experts)
+    check_tensor("router_logits", logits, floats, device, shape, gradients=False)
 
 
 def rows_of(name: str, tensor: torch.Tensor, columns: str) -> int:
@@ -124,34 +127,6 @@ def rows_of(name: str, tensor: torch.Tensor, columns: str) -> int:
         given = f"shape {list(tensor.shape)}" if tensors else type(tensor).__name__
         raise InputError(f"{name}: got {given}, need a tensor [T, {columns}]")
     return tensor.shape[0]
-
-
-def _tensor(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{name}: got {type(tensor).__name__}, need a tensor {list(shape)}")
-    if tuple(tensor.shape) != shape:
-        raise InputError(f"{name}: got shape {list(tensor.shape)}, need {list(shape)}")
-    if tensor.dtype not in dtypes:
-        need = " or ".join(str(d) for d in dict.fromkeys(dtypes))
-        raise InputError(f"{name}: got {tensor.dtype}, need {need}")
-    if tensor.device != device:
-        raise InputError(f"{name}: got a tensor on {tensor.device}, need {device}")
-    if tensor.requires_grad:
-        raise InputError(
-            f"{name}: got requires_grad=True, need a tensor without (no backward here)"
-        )
-    if tensor.layout != torch.strided:
-        raise InputError(f"{name}: got layout {tensor.layout}, need a strided tensor")
-    if shape[1] > 1 and tensor.stride(1) != 1:
-        raise InputError(
-            f"{name}: got strides {list(tensor.stride())}, need 1 between neighbours of a row"
-        )
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ LAYERS = {
     "vocabulary": ("errors", "env", "config", "topk"),
     "device": ("device",),
     "weights": ("checkpoint", "quantization", "weights", "weights_check"),
-    "plan": ("arena", "call", "checks", "labels", "plan"),
+    "plan": ("arena", "call", "tensor_check", "checks", "labels", "plan"),
     "launch": ("steps.call_args", "launch", "graph_nodes"),
     "steps": ("steps",),
     "backends": ("backends",),

@@ -278,8 +278,9 @@ GOOD = torch.zeros(3, 8)
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"logits": torch.zeros(8)}, r"logits: got shape \[8\], need \[T, E=8\]"),
     "experts": ({"logits": torch.zeros(3, 9)}, r"logits: got shape \[3, 9\]"),
-    "dtype": ({"logits": GOOD.double()}, "logits: got torch.float64, need float32"),
-    "stride": ({"logits": torch.zeros(8, 3).t()}, r"logits: got strides \(1, 3\)"),
+    "dtype": ({"logits": GOOD.double()}, "logits: got torch.float64, need torch.float32"),
+    "stride": ({"logits": torch.zeros(8, 3).t()}, r"logits: got strides \[1, 3\]"),
+    "list": ({"logits": [[0.0] * 8] * 3}, "logits: got list, need"),
     "no-bias": ({"bias": None}, "correction_bias: got none, but"),
     "bias-shape": ({"bias": torch.zeros(7)}, r"correction_bias: got shape \[7\], need \[8\]"),
     "bias-dtype": ({"bias": torch.zeros(8).long()}, "correction_bias: got torch.int64"),
@@ -288,7 +289,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         "correction_bias: got a tensor on meta",
     ),
     "out-rows": ({"rows": 2}, r"out.weights: got shape \[2, 2\], need \[3, 2\]"),
-    "out-dtype": ({"ids": torch.int64}, "out.ids: got torch.int64, need int32"),
+    "out-dtype": ({"ids": torch.int64}, "out.ids: got torch.int64, need torch.int32"),
 }
 
 
@@ -308,6 +309,11 @@ def test_bad_calls(case: str) -> None:
 def test_a_bias_that_the_rule_does_not_have() -> None:
     with pytest.raises(InputError, match="correction_bias: got one, but"):
         route(GOOD, MoEConfig(8, 2, 8, 8), torch.zeros(8))
+
+
+def test_fewer_experts_than_k() -> None:
+    with pytest.raises(UnsupportedError, match="route: top_k=9 exceeds num_experts=8"):
+        route(GOOD, MoEConfig(8, 9, 8, 8))
 
 
 def test_launch_is_pure_and_bounded() -> None:

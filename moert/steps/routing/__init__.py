@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from moert.config import MoEConfig
-from moert.errors import InputError
+from moert.errors import InputError, UnsupportedError
 from moert.steps.routing.reference import route_reference
+from moert.tensor_check import check_tensor
 from moert.topk import TopK
 
 __all__ = ["check_routing", "route", "route_reference"]
@@ -31,7 +32,7 @@ def route(
 
     Raises:
         InputError: an argument's shape, dtype, device or stride does not fit.
-        UnsupportedError: more than 1024 experts on a GPU.
+        UnsupportedError: fewer than K experts, or more than 1024 on a GPU.
     """
     check_routing(logits, cfg, correction_bias, out)
     if logits.device.type == "cpu":
@@ -56,40 +57,26 @@ def route(
 def check_routing(
     logits: torch.Tensor, cfg: MoEConfig, correction_bias: torch.Tensor | None, out: TopK | None
 ) -> None:
-    """Raise InputError, naming what was given and what is needed, unless `route` can take these."""
+    """Raise InputError or UnsupportedError, with what was given and what is needed, unless `route` can."""
     experts = cfg.num_experts
-    if logits.dim() != 2 or logits.shape[1] != experts:
-        raise InputError(f"logits: got shape {list(logits.shape)}, need [T, E={experts}]")
-    if logits.dtype not in LOGIT_DTYPES:
-        raise InputError(f"logits: got {logits.dtype}, need float32, bfloat16 or float16")
-    if logits.stride(1) != 1 and experts > 1:
-        raise InputError(f"logits: got strides {logits.stride()}, need an inner stride of 1")
+    if not cfg.can_route:
+        raise UnsupportedError(
+            f"route: top_k={cfg.top_k} exceeds num_experts={experts}: there are too few to choose from"
+        )
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != experts:
+        given = getattr(logits, "shape", None)
+        given = type(logits).__name__ if given is None else f"shape {list(given)}"
+        raise InputError(f"logits: got {given}, need [T, E={experts}]")
+    device, shape = logits.device, (logits.shape[0], cfg.top_k)
+    check_tensor("logits", logits, LOGIT_DTYPES, device)
     if (correction_bias is not None) != cfg.routing.correction_bias:
         given = "none" if correction_bias is None else "one"
         raise InputError(
             f"correction_bias: got {given}, but routing.correction_bias={cfg.routing.correction_bias}"
         )
     if correction_bias is not None:
-        _check("correction_bias", correction_bias, (experts,), LOGIT_DTYPES, logits.device)
+        name = "correction_bias"
+        check_tensor(name, correction_bias, LOGIT_DTYPES, device, (experts,), contiguous=True)
     if out is not None:
-        shape = (logits.shape[0], cfg.top_k)
-        _check("out.weights", out.weights, shape, (torch.float32,), logits.device)
-        _check("out.ids", out.ids, shape, (torch.int32,), logits.device)
-
-
-def _check(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if tuple(tensor.shape) != shape:
-        raise InputError(f"{name}: got shape {list(tensor.shape)}, need {list(shape)}")
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InputError(f"{name}: got {tensor.dtype}, need {wanted}")
-    if tensor.device != device:
-        raise InputError(f"{name}: got a tensor on {tensor.device}, need {device}, as the logits")
-    if not tensor.is_contiguous():
-        raise InputError(f"{name}: got strides {tensor.stride()}, need a contiguous tensor")
+        check_tensor("out.weights", out.weights, (torch.float32,), device, shape, contiguous=True)
+        check_tensor("out.ids", out.ids, (torch.int32,), device, shape, contiguous=True)

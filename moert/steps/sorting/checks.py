@@ -14,6 +14,7 @@ from moert.steps.sorting.layout import (
     padded_rows,
     scratch_shape,
 )
+from moert.tensor_check import check_tensor
 from moert.topk import ID_DTYPES
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,21 +55,15 @@ def check_sort(
     if not isinstance(topk_ids, torch.Tensor) or topk_ids.dim() != 2 or topk_ids.shape[1] < 1:
         raise InputError(f"topk_ids: got {_describe(topk_ids)}, need a tensor [T, K] with K >= 1")
     device, (tokens, top_k) = topk_ids.device, topk_ids.shape
-    _tensor("topk_ids", topk_ids, (tokens, top_k), ID_DTYPES, device)
-    _tensor("topk_weights", topk_weights, (tokens, top_k), WEIGHT_DTYPES, device)
-    for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-        if top_k > 1 and tensor.stride(1) != 1:
-            raise InputError(f"{name}: got strides {list(tensor.stride())}, need an inner one of 1")
+    check_tensor("topk_ids", topk_ids, ID_DTYPES, device)
+    check_tensor("topk_weights", topk_weights, WEIGHT_DTYPES, device, (tokens, top_k))
     if num_valid is not None:
-        _tensor("num_valid", num_valid, None, (torch.int32,), device)
+        check_tensor("num_valid", num_valid, (torch.int32,), device)
         if num_valid.numel() != 1:
             raise InputError(f"num_valid: got {num_valid.numel()} values, need one")
     if expert_mask is not None:
-        _tensor("expert_mask", expert_mask, (num_experts,), (torch.int32,), device)
-        if not expert_mask.is_contiguous():
-            raise InputError(
-                f"expert_mask: got strides {expert_mask.stride()}, need a contiguous one"
-            )
+        shape = (num_experts,)
+        check_tensor("expert_mask", expert_mask, (torch.int32,), device, shape, contiguous=True)
     check_packable(tokens, top_k)
 
 
@@ -96,30 +91,12 @@ def check_out(
         tensors["scratch"] = scratch
     for name, (elements, dtype) in needs.items():
         tensor = tensors[name]
-        _tensor(f"out.{name}", tensor, None, (dtype,), device)
+        check_tensor(f"out.{name}", tensor, (dtype,), device)
         if tensor.numel() < elements or not tensor.is_contiguous():
             raise InputError(
                 f"out.{name}: got {_describe(tensor)}, need at least {elements} contiguous elements "
                 f"for T={tokens}, K={top_k}, E={num_experts}, block_size={block_size}"
             )
-
-
-def _tensor(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...] | None,
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{name}: got {type(tensor).__name__}, need a tensor")
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise InputError(f"{name}: got shape {list(tensor.shape)}, need {list(shape)}")
-    if tensor.dtype not in dtypes:
-        need = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InputError(f"{name}: got {tensor.dtype}, need {need}")
-    if tensor.device != device:
-        raise InputError(f"{name}: got a tensor on {tensor.device}, need {device}")
 
 
 def _describe(value: object) -> str:

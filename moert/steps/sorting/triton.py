@@ -4,7 +4,7 @@ A row's place is the start of its expert, plus the number of earlier rows of tha
 are found by comparing each with each, which suits registers better than a scan over [rows, experts] and does
 not grow with E; the others by counting per expert.
 
-One-shot is one launch, though not one workgroup: every workgroup counts all rows and places a share of them, so
+One-shot is one launch, though not one workgroup: every one counts all rows and places a share of them, so
 that none waits for another. On an H200 (E=128, K=8, T=64, launch included) that takes 2.0 us, one workgroup
 that places all rows 4.3 us.
 
