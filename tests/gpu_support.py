@@ -17,6 +17,8 @@ UPDATES_ARE_LIMITED = torch.version.hip is not None
 # relative L2 error against the fp32 reference: two roundings of intermediates to the model's dtype
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
+GUARD = 7.0
+
 # small, and no dimension a multiple of a tile
 ODD = MoEConfig(num_experts=20, top_k=3, hidden_size=200, intermediate_size=104)
 # as an engine would run it; large enough that two kernels overlap if anything lets them
@@ -25,29 +27,45 @@ REAL = MoEConfig(num_experts=64, top_k=8, hidden_size=2048, intermediate_size=76
 
 @dataclass
 class Case:
-    """The tensors of one call."""
+    """The tensors of one call; `behind`: rows after those of out, where nobody may write."""
 
     x: torch.Tensor
     topk: TopK
     out: torch.Tensor
+    behind: torch.Tensor
 
     def expected(self, rt: MoERuntime) -> torch.Tensor:
+        """What out holds after a call; asserts that what is behind it was left alone."""
+        assert (self.behind == GUARD).all(), "rows behind out were written"
         return experts_reference(self.x, self.topk, rt.weights, rt.cfg)
 
 
 def make_case(
     cfg: MoEConfig, tokens: int, seed: int = 0, id_dtype: torch.dtype = torch.int32
 ) -> Case:
-    """Random routing with some ids that no expert has, out filled with NaN."""
+    """Random routing with some ids that no expert has, out filled with NaN.
+
+    Behind the rows of x and the routing weights there is NaN, behind the ids a valid one.
+    """
     g = torch.Generator(DEVICE).manual_seed(seed * 100_003 + tokens)
     x = torch.randn(tokens, cfg.hidden_size, generator=g, device=DEVICE).to(cfg.torch_dtype)
+    nan = float("nan")
     ids = torch.randint(0, cfg.num_experts, (tokens, cfg.top_k), generator=g, device=DEVICE)
     strange = torch.tensor([-1, cfg.num_experts, 1 << 30, -(1 << 31)], device=DEVICE)
     swap = torch.rand(ids.shape, generator=g, device=DEVICE) < 0.1
     which = torch.randint(0, 4, ids.shape, generator=g, device=DEVICE)
     ids = torch.where(swap, strange[which], ids).to(id_dtype)
     weights = torch.rand(tokens, cfg.top_k, generator=g, device=DEVICE)
-    return Case(x, TopK(weights, ids), torch.full_like(x, float("nan")))
+    out, behind = before(torch.full_like(x, nan), GUARD)
+    topk = TopK(before(weights, nan)[0], before(ids, 0)[0])
+    return Case(before(x, nan)[0], topk, out, behind)
+
+
+def before(rows: torch.Tensor, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows at the start of a buffer that goes on with a few of `fill`, and those."""
+    buffer = torch.full((rows.shape[0] + 5, rows.shape[1]), fill, dtype=rows.dtype, device=DEVICE)
+    buffer[: rows.shape[0]] = rows
+    return buffer[: rows.shape[0]], buffer[rows.shape[0] :]
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

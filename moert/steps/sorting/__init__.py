@@ -25,8 +25,8 @@ def sort(
 ) -> SortedRows:
     """Group the rows (token, slot) of a call by expert; see `SortedRows` for what comes back.
 
-    With `out` a `SortBuffers`, nothing is allocated. With `out` a `SortedRows`, or none, the multi-phase
-    strategy on a GPU takes its scratch from torch's allocator. Captured, the call must have been made before
+    With `out` a `SortBuffers`, nothing is allocated on a GPU; with a `SortedRows`, or none, the multi-phase
+    strategy takes its scratch from torch's allocator, as a CPU always does. Captured, the call must have been made before
     with the same sizes; the captured launches read and write the very tensors given.
 
     Args:
