@@ -91,6 +91,9 @@ class MoERuntime(CallFlow):
     ) -> torch.Tensor:
         """The experts' output of T tokens, enqueued on the current stream of the runtime's device.
 
+        Same tensors, same bits, every time. On a GPU, tensors at addresses or with row strides that are not
+        multiples of 16 bytes take the plan of the largest T, kernel by kernel: right, slower, other bits.
+
         Args:
             x: [T, H] of the model's dtype, unit inner stride.
             topk: `TopK(weights [T, K] float32 or the model's dtype, ids [T, K] int32 or int64)`, or a pair

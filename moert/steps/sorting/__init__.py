@@ -26,8 +26,8 @@ def sort(
     """Group the rows (token, slot) of a call by expert; see `SortedRows` for what comes back.
 
     With `out` a `SortBuffers`, nothing is allocated on a GPU; with a `SortedRows`, or none, the multi-phase
-    strategy takes its scratch from torch's allocator, as a CPU always does. Captured, the call must have been made before
-    with the same sizes; the captured launches read and write the very tensors given.
+    strategy takes its scratch from torch's allocator, as a CPU always does. Captured, the call must have been
+    made before with the same sizes; the captured launches read and write the very tensors given.
 
     Args:
         topk_ids: [T, K] int32 or int64, unit inner stride; an id outside 0..E-1 is no row.
