@@ -91,8 +91,9 @@ class MoERuntime(CallFlow):
     ) -> torch.Tensor:
         """The experts' output of T tokens, enqueued on the current stream of the runtime's device.
 
-        Same tensors, same bits, every time. On a GPU, tensors at addresses or with row strides that are not
-        multiples of 16 bytes take the plan of the largest T, kernel by kernel: right, slower, other bits.
+        Same tensors, same bits, every time. On a GPU, addresses that are not multiples of 16 bytes, and row
+        strides that are not multiples of 16 elements though H is, take the plan of the largest T, kernel by
+        kernel: right, slower, other bits.
 
         Args:
             x: [T, H] of the model's dtype, unit inner stride.
