@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from moert.checkpoint.packed import FLOATS, PackedFormat, Part, Parts, Shape, multiple_of_8
+from moert.checkpoint.files import TensorFiles
+from moert.checkpoint.packed import FLOATS, PackedFormat, Part, Parts, multiple_of_8
 from moert.quantization.nibbles import words_to_nibbles
 
 _PLACE_OF_ROW = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -28,8 +29,9 @@ class Awq(PackedFormat):
             "scales": Part(FLOATS, (groups, n)),
         }
 
-    def shape(self, main: Shape, parts: Parts) -> tuple[int, int]:
-        return 8 * main[1], main[0]
+    def shape(self, files: TensorFiles, base: str) -> tuple[int, int]:
+        columns, words = files.shape(f"{base}.qweight")
+        return 8 * words, columns
 
     def unpack(
         self, base: str, parts: Parts, n: int, k: int

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from moert.checkpoint.packed import FLOATS, INTS, PackedFormat, Part, Parts, Shape
+from moert.checkpoint.files import TensorFiles
+from moert.checkpoint.packed import FLOATS, INTS, PackedFormat, Part, Parts
 from moert.errors import WeightsError
 from moert.quantization.nibbles import words_to_nibbles
 
@@ -34,8 +35,8 @@ class CompressedTensors(PackedFormat):
             parts["weight_zero_point"] = Part(("I32",), (-(-n // 8), groups))
         return parts
 
-    def shape(self, main: Shape, parts: Parts) -> tuple[int, int]:
-        rows, columns = parts["weight_shape"].tolist()
+    def shape(self, files: TensorFiles, base: str) -> tuple[int, int]:
+        rows, columns = files.read(f"{base}.weight_shape", dtypes=INTS).tolist()
         return rows, columns
 
     def unpack(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from moert.checkpoint.packed import FLOATS, PackedFormat, Part, Parts, Shape, multiple_of_8
+from moert.checkpoint.files import TensorFiles
+from moert.checkpoint.packed import FLOATS, PackedFormat, Part, Parts, multiple_of_8
 from moert.errors import WeightsError
 from moert.quantization.nibbles import words_to_nibbles
 
@@ -30,8 +31,9 @@ class Gptq(PackedFormat):
             "scales": Part(FLOATS, (groups, n)),
         }
 
-    def shape(self, main: Shape, parts: Parts) -> tuple[int, int]:
-        return main[1], 8 * main[0]
+    def shape(self, files: TensorFiles, base: str) -> tuple[int, int]:
+        words, rows = files.shape(f"{base}.qweight")
+        return rows, 8 * words
 
     def unpack(
         self, base: str, parts: Parts, n: int, k: int

@@ -123,23 +123,13 @@ class Int4Reader(LayerFiles):
         return rows
 
     def _decoded(self, e: int, leaf: str) -> Decoded:
-        base, (n, k) = self.expert(e, leaf), self._shapes()[leaf]
-        parts = {
-            suffix: self.files.read(f"{base}.{suffix}", dtypes=part.dtypes)
-            for suffix, part in self.format.parts(base, n, k).items()
-        }
-        return self.format.decode(base, {**parts, **self._index(base)}, n, k)
-
-    def _index(self, base: str) -> dict[str, torch.Tensor]:
-        suffix = self.format.group_index
-        if suffix is None or f"{base}.{suffix}" not in self.files:
-            return {}
-        return {suffix: self.files.read(f"{base}.{suffix}", dtypes=INTS)}
+        return self.format.read(self.files, self.expert(e, leaf), *self._shapes()[leaf])
 
     def _has_order(self) -> bool:
         """Whether any expert's input columns are in another order than their own."""
         bases = (self.expert(e, self.gate) for e in range(self.cfg.num_experts))
-        orders = (self.format.order(b, self._index(b), self.cfg.hidden_size) for b in bases)
+        hidden, files = self.cfg.hidden_size, self.files
+        orders = (self.format.order(b, self.format.index(files, b), hidden) for b in bases)
         return any(order is not None for order in orders)
 
     def _check_biases(self) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar, Final, NamedTuple
 import torch
 
 from moert.checkpoint.files import FLOATS as FLOATS
+from moert.checkpoint.files import TensorFiles
 from moert.checkpoint.packing import Packing
 from moert.errors import WeightsError
 from moert.quantization.int4_layout import columns_per_group
@@ -66,8 +67,8 @@ class PackedFormat(ABC):
         """
 
     @abstractmethod
-    def shape(self, main: Shape, parts: Parts) -> tuple[int, int]:
-        """(N, K) from the shape of the main tensor, or from `parts` where that does not tell."""
+    def shape(self, files: TensorFiles, base: str) -> tuple[int, int]:
+        """(N, K) of a matrix as its own tensors tell it."""
 
     @abstractmethod
     def unpack(
@@ -104,12 +105,30 @@ class PackedFormat(ABC):
             )
         return None if torch.equal(order, own) else order
 
-    def decode(self, base: str, parts: Parts, n: int, k: int) -> Decoded:
+    def index(self, files: TensorFiles, base: str) -> Parts:
+        """The group of every column, where there is such a tensor."""
+        name = f"{base}.{self.group_index}"
+        if self.group_index is None or name not in files:
+            return {}
+        return {self.group_index: files.read(name, dtypes=INTS)}
+
+    def read(self, files: TensorFiles, base: str, n: int, k: int) -> Decoded:
         """A matrix [N, K] from its tensors.
 
         Raises:
-            WeightsError: see `unpack` and `order`.
+            WeightsError, UnsupportedError: a tensor is missing, of another shape or dtype, or its values are
+                outside their range.
         """
+        parts = {**self.index(files, base)}
+        for suffix, part in self.parts(base, n, k).items():
+            name = f"{base}.{suffix}"
+            if name not in files:
+                raise WeightsError(f"{name}: missing from {files.path}")
+            if files.shape(name) != part.shape:
+                raise WeightsError(
+                    f"{name}: shape {list(files.shape(name))}, need {list(part.shape)}"
+                )
+            parts[suffix] = files.read(name, dtypes=part.dtypes)
         codes, scales, zeros = self.unpack(base, parts, n, k)
         order = self.order(base, parts, k)
         return Decoded(codes if order is None else codes[:, order], scales, zeros, order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from moert.checkpoint.hf_config import TOP_K
 from moert.config import ACTIVATIONS, DTYPES, MoEConfig
 from moert.errors import ConfigError, UnsupportedError
+from moert.integrations.int4_module import Int4Tensors
 from moert.steps.activation import activate_reference
 from moert.weights import ExpertWeights
 
@@ -18,17 +20,26 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 def is_experts_module(module: torch.nn.Module) -> bool:
-    """Whether the module's forward is chosen by transformers' experts interface."""
+    """Whether the module's forward is chosen by transformers' experts interface, or its experts are int4."""
+    if isinstance(module, Int4Tensors):
+        return True
     return all(hasattr(module, name) for name in (*_FLAGS, "down_proj"))
 
 
 def parameters(module: Any) -> list[torch.Tensor]:
-    """The tensors the module computes with: w13, w2, and if it has biases b13, b2."""
+    """The tensors the module computes with: w13, w2, and if it has biases b13, b2; int4 ones codes first."""
+    if isinstance(module, Int4Tensors):
+        return module.tensors()
     first = module.gate_up_proj if module.has_gate else module.up_proj
     if not module.has_bias:
         return [first, module.down_proj]
     bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
     return [first, module.down_proj, bias, module.down_proj_bias]
+
+
+def activation_dtype(module: Any, params: list[torch.Tensor]) -> torch.dtype:
+    """What the module computes in; `params` are its `parameters`."""
+    return module.dtype if isinstance(module, Int4Tensors) else params[0].dtype
 
 
 def describe(module: Any, top_k: int) -> tuple[MoEConfig, ExpertWeights]:
@@ -43,11 +54,12 @@ def describe(module: Any, top_k: int) -> tuple[MoEConfig, ExpertWeights]:
             dtype, or an activation that moert does not compute.
         ConfigError, WeightsError: parameters that do not describe a layer.
     """
+    if isinstance(module, Int4Tensors):
+        _check_loaded(module)
+        dtype = str(module.dtype)
+        return replace(module.cfg, top_k=top_k, dtype=dtype), module.weights()
     name = type(module).__name__
-    if getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedError(
-            f"{name}: has a norm between each expert and its routing weight, which moert does not compute"
-        )
+    _check_no_norm(module)
     tensors = parameters(module)
     for tensor in tensors:
         _check_plain(name, tensor)
@@ -70,6 +82,38 @@ def describe(module: Any, top_k: int) -> tuple[MoEConfig, ExpertWeights]:
         "dtype": str(w13.dtype),
     }
     return _with_activation(module, shape), weights
+
+
+def activation_of(module: Any, cfg: MoEConfig) -> MoEConfig:
+    """The config with the activation that a module computes, whose parameters need not be there.
+
+    Raises:
+        UnsupportedError: see `describe`. ConfigError: another kind of layer than `cfg` describes.
+    """
+    _check_no_norm(module)
+    if (module.has_gate, module.has_bias) != (cfg.gated, cfg.bias):
+        raise ConfigError(
+            f"{type(module).__name__}: has_gate={module.has_gate}, has_bias={module.has_bias}, but the "
+            f"checkpoint's experts have gated={cfg.gated}, bias={cfg.bias}"
+        )
+    names = ("num_experts", "top_k", "hidden_size", "intermediate_size", "gated", "bias", "dtype")
+    return _with_activation(module, {name: getattr(cfg, name) for name in names})
+
+
+def _check_no_norm(module: Any) -> None:
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedError(
+            f"{type(module).__name__}: has a norm between each expert and its routing weight, which moert "
+            "does not compute"
+        )
+
+
+def _check_loaded(module: Int4Tensors) -> None:
+    tensors = module.tensors()
+    if not tensors or any(tensor.is_meta for tensor in tensors):
+        raise UnsupportedError(
+            f"{type(module).__name__}: its int4 tensors are not there (offloaded); need them loaded"
+        )
 
 
 def top_k_of(module: Any) -> int:
@@ -125,7 +169,9 @@ def _with_activation(module: Any, shape: dict[str, Any]) -> MoEConfig:
 
 def _probe(module: Any, inner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gate and up values [n, I] and what the module makes of them, float32."""
-    f32 = {"dtype": torch.float32, "device": module.down_proj.device}
+    place = module.down_proj.device
+    place = torch.device("cpu") if place.type == "meta" else place
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": place}
     far = torch.tensor([-1000.0, -100.0, 100.0, 1000.0], **f32)
     gate = torch.cat((torch.linspace(-30, 30, 121, **f32), far))
     up = torch.linspace(-30, 30, 61, **f32).repeat(-(-inner // 61))[:inner]

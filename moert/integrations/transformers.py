@@ -13,18 +13,24 @@ at the next forward, and the runtime is made anew.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moert.errors import ConfigError, InputError, StateError, UnsupportedError
 from moert.integrations import experts_runtimes as runtimes
-from moert.integrations.experts_module import is_experts_module, parameters, top_k_of
+from moert.integrations.experts_module import (
+    activation_dtype,
+    is_experts_module,
+    parameters,
+    top_k_of,
+)
 from moert.integrations.experts_runtimes import Prepared
 from moert.runtime import MoERuntime
 from moert.topk import TopK
 
-__all__ = ["OPTIONS", "Prepared", "experts_forward", "prepare", "register"]
+__all__ = ["OPTIONS", "Prepared", "experts_forward", "load", "prepare", "register"]
 
 NAME = "moert"
 OPTIONS = ("backend", "buckets", "graphs", "max_tokens", "sort_policy", "tune")
@@ -43,6 +49,38 @@ def register() -> None:
             f"transformers: no experts interface ({error}); need transformers >= 5.17"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """A causal language model whose experts are int4 on disk, ready to generate; nothing else is needed.
+
+    GPTQ, AWQ and compressed-tensors checkpoints, without the packages that wrote them. The experts stay int4
+    and are computed by moert; other quantised matrices (attention, shared experts) become dense ones.
+
+    Args:
+        path: local directory.
+        device: where the model goes.
+        dtype: of the activations and of everything that is not int4; default: what config.json says.
+        options: of transformers' `from_pretrained`, as attn_implementation.
+
+    Returns:
+        The model that `AutoModelForCausalLM` makes, in eval mode; it cannot be saved.
+
+    Raises:
+        UnsupportedError: a checkpoint that is not quantised or otherwise than told above, no experts module
+            to replace, or transformers is missing.
+        ConfigError, WeightsError: see `moert.checkpoint.loader.load_layer`.
+    """
+    register()
+    from moert.integrations.int4_models import load_model
+
+    return load_model(path, device, dtype, options)
 
 
 def prepare(model: torch.nn.Module, *, top_k: int | None = None, **options: Any) -> Prepared:
@@ -113,7 +151,8 @@ def experts_forward(
     params = parameters(self)
     if torch.is_grad_enabled():
         _refuse_gradients(hidden_states, top_k_weights, *params)
-    out = torch.empty(hidden_states.shape, dtype=params[0].dtype, device=hidden_states.device)
+    dtype = activation_dtype(self, params)
+    out = torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
     if torch.compiler.is_compiling():
         _know(self)
         experts_op(out, hidden_states, top_k_index, top_k_weights, params)
