@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from code_size import ROOT
+from int4_checkpoints import Stored, quantized_checkpoint
 
 import moert
 from moert.integrations.transformers import Prepared
@@ -142,10 +143,13 @@ def test_code_parses(code: str) -> None:
 def test_code_runs(
     tiny_checkpoint: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All blocks in order, as somebody who types them in; path/to/model is a tiny checkpoint."""
+    """All blocks in order, as somebody who types them in; the paths in them are tiny checkpoints."""
     model = tmp_path / "path" / "to" / "model"
     model.parent.mkdir(parents=True)
-    model.symlink_to(tiny_checkpoint("mixtral", "bfloat16"), target_is_directory=True)
+    source = tiny_checkpoint("mixtral", "bfloat16")
+    model.symlink_to(source, target_is_directory=True)
+    int4, _ = quantized_checkpoint(source, tmp_path, Stored("awq", 32, symmetric=False))
+    (model.parent / "int4-model").symlink_to(int4, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOERT_TUNE", "off")
     names: dict[str, object] = {}
