@@ -15,7 +15,7 @@ from moert.errors import ConfigError, InputError, MoertError, UnsupportedError, 
 from moert.plan import PlanReport
 from moert.streams import refuse_inside_capture
 from moert.topk import TopK, as_topk
-from moert.weights import ExpertWeights
+from moert.weights import ExpertWeights, Matrix
 
 
 class MoERuntime(CallFlow):
@@ -193,17 +193,19 @@ class MoERuntime(CallFlow):
         """Counts since construction: calls, replays, eager, captured, rebinds, chunks, routes."""
         return {**self._counts, **self._executor.counts}
 
-    def update_weights(self, **tensors: torch.Tensor) -> None:
+    def update_weights(self, **tensors: Matrix) -> None:
         """Copy new values into the weights in place; captured graphs stay valid.
 
         Waits for everything in flight on the device first, so that no running replay sees half of them.
 
         Args:
             tensors: by name (w13, w2, b13, b2, correction_bias, …), each of the shape it has now; the
-                same dtype or one that converts to it, any device.
+                same dtype or one that converts to it, any device; for an int4 w13 or w2 an `Int4Matrix` of
+                the same layout.
 
         Raises:
-            WeightsError: a name that these weights do not have, or another shape; nothing was changed.
+            WeightsError: a name that these weights do not have, or another shape or layout; nothing was
+                changed.
             StateError: closed, forked, or the current stream is capturing.
         """
         with self._open("update_weights") as built:

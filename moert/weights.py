@@ -119,42 +119,34 @@ class ExpertWeights:
             device: where the tensors live.
         """
         experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
-        target = torch.device(device)
         small = experts * (cfg.w13_rows + inner) * hidden <= SAME_EVERYWHERE
-        source = torch.device("cpu") if small else target
+        source = torch.device("cpu" if small else device)
         generator = torch.Generator(source).manual_seed(seed)
 
         def normal(std: float, *shape: int, dtype: torch.dtype = cfg.torch_dtype) -> torch.Tensor:
             values = torch.empty(shape, dtype=dtype, device=source)
-            return values.normal_(0.0, std, generator=generator).to(target)
+            return values.normal_(0.0, std, generator=generator)
+
+        def matrix(std: float, rows: int, columns: int, paired: bool) -> Matrix:
+            shape, dtype = (experts, rows, columns), cfg.torch_dtype
+            if cfg.quant is None or small:
+                return normal(std, *shape)
+            return random_matrix(shape, std, cfg.quant, dtype, generator, paired=paired)
 
         # a weighted mean over K experts has 1/K of one expert's variance: w2 makes up for it
-        stds, optional = (hidden**-0.5, (cfg.top_k / inner) ** 0.5), dict[str, Any]()
-        shapes = ((experts, cfg.w13_rows, hidden), (experts, hidden, inner))
-        made: list[Matrix] = []
-        for i, (std, shape) in enumerate(zip(stds, shapes, strict=True)):
-            if cfg.quant is None or small:
-                made.append(normal(std, *shape))
-            else:
-                paired = i == 0 and cfg.gated
-                made.append(
-                    random_matrix(shape, std, cfg.quant, cfg.torch_dtype, generator, paired=paired)
-                )
-        w13, w2 = made
-        optional["router_weight"] = normal(hidden**-0.5, experts, hidden)
+        w13 = matrix(hidden**-0.5, cfg.w13_rows, hidden, cfg.gated)
+        w2 = matrix((cfg.top_k / inner) ** 0.5, hidden, inner, False)
+        others = {"router_weight": normal(hidden**-0.5, experts, hidden)}
         if cfg.bias:
-            optional["b13"] = normal(0.1, experts, cfg.w13_rows)
-            optional["b2"] = normal(0.1, experts, hidden)
-            optional["router_bias"] = normal(0.1, experts)
+            others["b13"] = normal(0.1, experts, cfg.w13_rows)
+            others["b2"] = normal(0.1, experts, hidden)
+            others["router_bias"] = normal(0.1, experts)
         if cfg.routing.correction_bias:
-            optional["correction_bias"] = normal(0.1, experts, dtype=torch.float32)
-        weights = cls(w13=w13, w2=w2, **optional)
-        if cfg.quant is None or not small:
-            return weights
-        quant = cfg.quant
-        return weights.quantize(
-            quant.format, group_size=quant.group_size, symmetric=quant.symmetric
-        )
+            others["correction_bias"] = normal(0.1, experts, dtype=torch.float32)
+        made = cls(w13=w13, w2=w2, **dict[str, Any](others))
+        if cfg.quant is not None and small:
+            made = replace(made, **quantize_layer(w13, w2, made.b13, False, cfg.quant))
+        return made.to(device)
 
     @classmethod
     def from_skinny_int4(cls, w13: SkinnyInt4, w2: SkinnyInt4, **others: Any) -> ExpertWeights:
