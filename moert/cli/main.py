@@ -19,6 +19,7 @@ VERBS: Final = {
     "bench": "how long a layer takes here, and whether that got worse",
     "demo": "a tiny language model generating with moert beside its own experts",
     "plot": "pictures of results: times the floor, roofline, crossovers of the sorts",
+    "convert": "a checkpoint with int4 experts, of one in any format that moert reads",
     "compile": "compile every kernel for devices that need not be there, and examine the code",
 }
 OK, PROBLEM, USAGE = 0, 1, 2
