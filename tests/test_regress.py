@@ -157,6 +157,12 @@ def test_fake(benchmark):
 MACHINE = 'def pytest_benchmark_generate_machine_info():\n    return {"device": "made up"}\n'
 
 
+def environment(*paths: Path) -> dict[str, str]:
+    """Of a run of its own, not of a worker of this one: pytest-benchmark measures nothing in those."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
     """`suite(samples, command...)`: one fake benchmark under a real command; its exit code."""
@@ -166,8 +172,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
 
     def run(samples: list[float], *words: object) -> int:
         (folder / "samples.json").write_text(json.dumps(samples))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")])}
         command = [sys.executable, *map(str, words)]
+        env = environment(ROOT, ROOT / "bench")
         return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode
 
     run.folder = folder  # type: ignore[attr-defined]
@@ -201,9 +207,12 @@ def test_smoke_run_of_the_benchmarks_here(tmp_path: Path) -> None:
     """The files that measure on a GPU run here, on tiny layers; bytes and machine are in the JSON."""
     path = tmp_path / "run.json"
     words = ["-m", "pytest", "-q", "--smoke", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *words, "bench"], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, *words, "bench"],
+        cwd=ROOT,
+        env=environment(ROOT),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     report = json.loads(path.read_text())
