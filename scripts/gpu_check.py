@@ -185,8 +185,13 @@ PARTS: dict[str, Part] = {
 }
 
 
-def run_parts(parts: dict[str, Part], only: list[str] | None = None) -> dict[str, Any]:
-    """Run each part, or those asked for; a line is printed as one ends, an exception fails it."""
+def run_parts(
+    parts: dict[str, Part], only: list[str] | None = None, summary: list[str] | None = None
+) -> dict[str, Any]:
+    """Run each part, or those asked for; an exception fails it.
+
+    A line is printed as one ends, and appended to `summary`.
+    """
     found: dict[str, Any] = {}
     for name, check in parts.items():
         if only and name not in only:
@@ -199,10 +204,11 @@ def run_parts(parts: dict[str, Part], only: list[str] | None = None) -> dict[str
             passed, part["error"] = False, f"{type(error).__name__}: {error}"
         found[name] = {"passed": passed, **part}
         seconds = time.perf_counter() - start
-        print(
-            f"{'PASS' if passed else 'FAIL'}  {name}  ({seconds:.0f} s)  {json.dumps(part)}",
-            flush=True,
-        )
+        verdict = "PASS" if passed else "FAIL"
+        line = f"{verdict}  {name}  ({seconds:.0f} s)  {json.dumps(part)}"
+        print(line, flush=True)
+        if summary is not None:
+            summary.append(line)
     return found
 
 
@@ -216,14 +222,16 @@ def main() -> int:
         {"sanitizer": sanitizer_child, "start_up": start_up_child}[args.child]()
         return 0
     facts = device_facts(torch.device("cuda", 0))
+    summary: list[str] = []
     report: dict[str, Any] = {
         "device": facts.name,
         "made_with": {"torch": torch.__version__, "triton": triton.__version__},
-        "parts": run_parts(PARTS, args.only),
+        "parts": run_parts(PARTS, args.only, summary),
     }
     out = args.out or ROOT / "bench" / "results" / facts.slug
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu_check.txt").write_text("\n".join(summary) + "\n")
     return 0 if all(part["passed"] for part in report["parts"].values()) else 1
 
 

@@ -118,5 +118,7 @@ def test_a_benchmark_as_a_part(tmp_path: Path) -> None:
 
 def test_gpu_check_runs_only_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     parts = {"a": lambda part: True, "b": lambda part: False}
-    assert gpu_check.run_parts(parts, ["b"]) == {"b": {"passed": False}}
-    assert capsys.readouterr().out.startswith("FAIL  b  (0 s)")
+    summary: list[str] = []
+    assert gpu_check.run_parts(parts, ["b"], summary) == {"b": {"passed": False}}
+    printed = capsys.readouterr().out
+    assert printed.startswith("FAIL  b  (0 s)") and printed.splitlines() == summary
