@@ -20,6 +20,7 @@ from moert import UnsupportedError
 from moert.backends.aiter import AiterBackend
 from moert.backends.aiter_ops import find_aiter
 from moert.backends.aiter_sequences import SEQUENCES, Plain
+from moert.cli.info import backends
 from moert.device import KNOWN_DEVICES
 
 # what the wheel lacks: aiter/ops/moe_sorting_opus.py at github.com/ROCm/aiter e4048607
@@ -168,6 +169,40 @@ def test_the_reason_is_told(aiter: StandIn, monkeypatch: pytest.MonkeyPatch) -> 
         UnsupportedError, match=r"backend aiter: the package named aiter .* is not AMD's"
     ):
         make()
+
+
+class Broken(ModuleType):
+    """AMD's, whose operators cannot be looked at."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("fused_moe", "ck_moe_stage1_fwd"):
+            raise RuntimeError("hipcc: not found")
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        (None, "aiter is not installed (the package is named amd-aiter)"),
+        (UNRELATED, "is not AMD's: it has no operators of experts"),
+        (Broken("aiter"), "aiter is installed, but cannot be used: RuntimeError: hipcc: not found"),
+    ],
+    ids=["missing", "unrelated", "broken"],
+)
+def test_info_tells_the_reason(
+    package: ModuleType | None, reason: str, aiter: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(facts: Any) -> str | None:
+        return {r["backend"]: r["why_not"] for r in backends(facts)}["aiter"]
+
+    assert row(MI300) is None
+    if package is None:
+        error = ModuleNotFoundError("No module named 'aiter'", name="aiter")
+        monkeypatch.delitem(sys.modules, "aiter")
+        monkeypatch.setattr(sys, "meta_path", [Falling(error), *sys.meta_path])
+    else:
+        monkeypatch.setitem(sys.modules, "aiter", package)
+    assert reason in (row(MI300) or "")
 
 
 def test_the_stand_in_has_the_signatures_of_the_wheel() -> None:

@@ -72,16 +72,17 @@ def find_aiter(
         return f"aiter is installed, but does not import: {_said(error)}"
     except Exception as error:
         return f"aiter is installed, but does not import: {_said(error)}"
-    if not hasattr(module, "fused_moe") and not hasattr(module, "moe_sorting_fwd"):
-        where = getattr(module, "__file__", None) or "unknown place"
-        return f"the package named aiter ({where}) is not AMD's: it has no operators of experts"
     try:
+        # a package may look its names up only when they are asked for
         return _found(module, operators)
     except Exception as error:
         return f"aiter is installed, but cannot be used: {_said(error)}"
 
 
 def _found(module: Any, operators: Mapping[str, tuple[str, ...]]) -> AiterOps | str:
+    if not hasattr(module, "fused_moe") and not hasattr(module, "moe_sorting_fwd"):
+        where = getattr(module, "__file__", None) or "unknown place"
+        return f"the package named aiter ({where}) is not AMD's: it has no operators of experts"
     for name, wanted in operators.items():
         if lack := _lacks(module, name, wanted):
             return lack
