@@ -16,6 +16,7 @@ from moert.errors import (
 
 if TYPE_CHECKING:
     from moert.config import MoEConfig, Quant, Routing
+    from moert.quantization.int4_skinny import SkinnyInt4
     from moert.runtime import MoERuntime
     from moert.steps.routing import route
     from moert.steps.sorting import SortedRows, sort
@@ -33,6 +34,7 @@ __all__ = [
     "MoertError",
     "Quant",
     "Routing",
+    "SkinnyInt4",
     "SortedRows",
     "StateError",
     "TopK",
@@ -50,6 +52,7 @@ _MODULE_OF = {
     "MoERuntime": "moert.runtime",
     "Quant": "moert.config",
     "Routing": "moert.config",
+    "SkinnyInt4": "moert.quantization.int4_skinny",
     "SortedRows": "moert.steps.sorting",
     "TopK": "moert.topk",
     "route": "moert.steps.routing",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_int4_checkpoints import FORMATS
 from transformers import AutoModelForCausalLM
 
-from moert import UnsupportedError
+from moert import MoEConfig, UnsupportedError
+from moert.checkpoint.families import FAMILIES
 from moert.integrations.int4_module import Int4Tensors
 from moert.integrations.transformers import load, prepare
 
@@ -114,6 +116,18 @@ def test_another_dtype(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
         got = module(x.bfloat16(), ids, weights)
         assert got.dtype is torch.bfloat16
         assert 0 < (got - expected).norm() / expected.norm() < 1e-2
+
+
+def test_the_modules_own_activation_decides(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for every other model: what the class computes, not what moert reads in the config."""
+    expected = open_model(tiny_checkpoint, tmp_path)(PROMPT).logits
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", replace(FAMILIES["qwen3_moe"], activation="gelu"))
+    assert MoEConfig.from_pretrained(str(tmp_path / "int4")).activation == "gelu"
+    model = load(tmp_path / "int4")
+    assert int4_modules(model)[0].cfg.activation == "silu"
+    assert torch.equal(model(PROMPT).logits, expected)
 
 
 def test_experts_inside_compiled_code(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -109,8 +109,7 @@ def _check_no_norm(module: Any) -> None:
 
 
 def _check_loaded(module: Int4Tensors) -> None:
-    tensors = module.tensors()
-    if not tensors or any(tensor.is_meta for tensor in tensors):
+    if any(tensor.is_meta for tensor in module.tensors()):
         raise UnsupportedError(
             f"{type(module).__name__}: its int4 tensors are not there (offloaded); need them loaded"
         )

@@ -5,6 +5,8 @@
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moert")
     layers = prepare(model)  # tunes and captures now; without it each layer does so in its first forward
 
+Checkpoints whose experts are int4 are opened by `load(path)` instead.
+
 Runtimes work on the model's own parameters, never on copies, and are kept outside the modules, so that the
 model can be copied, saved and moved as before. Parameters that were moved, converted or replaced are noticed
 at the next forward, and the runtime is made anew.
