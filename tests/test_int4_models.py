@@ -34,6 +34,14 @@ def reference_backend_without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iter
         yield
 
 
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """What tracing keeps goes with the test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def generated(model: Any) -> torch.Tensor:
     mask = torch.ones_like(PROMPT)
     tokens = model.generate(
@@ -130,6 +138,7 @@ def test_the_modules_own_activation_decides(
     assert torch.equal(model(PROMPT).logits, expected)
 
 
+@pytest.mark.usefixtures("dynamo")
 def test_experts_inside_compiled_code(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     module = int4_modules(open_model(tiny_checkpoint, tmp_path))[0]
     x, weights = torch.randn(5, 64), torch.rand(5, 2)
