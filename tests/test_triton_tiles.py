@@ -7,7 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from moert.backends.triton_tiles import candidates, default_choice, shared_bytes
+from moert.backends.triton_tiles import (
+    candidates,
+    default_choice,
+    shared_bytes,
+    unaligned_choice,
+)
 from moert.config import DTYPES, MoEConfig
 from moert.device import KNOWN_DEVICES, DeviceFacts
 from moert.plan import STRATEGIES, Choice, Tile
@@ -123,6 +128,57 @@ def test_block_rows_follow_the_mean_rows_of_an_expert() -> None:
 def test_a_device_with_little_memory_gets_the_smallest_tile() -> None:
     choice = default_choice(MoEConfig(8, 2, 4096, 4096), CPU, 512)
     assert choice.gate_up == choice.down == Tile(16, 16, 32, 4, 1)
+
+
+def tiles(*shapes: tuple[int, int, int, int, int]) -> list[Tile]:
+    return [Tile(*shape) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("arch", "direct", "grouped"),
+    [
+        (
+            "gfx942",
+            tiles((1, 8, 256, 4, 6), (1, 8, 256, 4, 4)),
+            # 64 KiB: the widest tile of 64 rows or more would need 80
+            tiles((16, 64, 128, 4, 2), (32, 64, 128, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3)),
+        ),
+        (
+            "gfx950",
+            tiles((1, 8, 256, 4, 6), (1, 8, 256, 4, 4)),
+            tiles((16, 64, 128, 4, 2), (32, 64, 128, 4, 2), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3)),
+        ),
+        (
+            "gfx1151",
+            tiles((1, 8, 256, 4, 3), (1, 8, 256, 4, 3)),
+            # 256 registers: flat tiles, and twice the warps for twice the rows
+            tiles((16, 64, 32, 4, 2), (32, 64, 32, 4, 2), (64, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        ),
+    ],
+)  # fmt: skip
+def test_default_plans_of_amd(arch: str, direct: list[Tile], grouped: list[Tile]) -> None:
+    """By the rule that `default_choice` states: 2, 64, 200, 1024 and 4096 tokens."""
+    cfg, facts = MoEConfig(128, 8, 2048, 768), KNOWN_DEVICES[arch]
+    choices = [default_choice(cfg, facts, tokens) for tokens in (2, 64, 200, 1024, 4096)]
+    assert (choices[0].gate_up, choices[0].down) == tuple(direct)
+    assert [choice.gate_up for choice in choices[1:]] == grouped
+    strategies = ["none", "one_shot", "multi_phase", "multi_phase", "multi_phase"]
+    assert [choice.strategy for choice in choices] == strategies
+    assert not any(choice.dependent for choice in choices)
+
+
+@pytest.mark.parametrize("arch", KNOWN_DEVICES)
+def test_unaligned_calls_use_the_same_arena_and_kernels(arch: str) -> None:
+    facts = KNOWN_DEVICES[arch]
+    for cfg in CONFIGS:
+        for tokens in TOKENS[::3]:
+            for choice in candidates(cfg, facts, tokens, STRATEGIES)[::5]:
+                other = unaligned_choice(choice, cfg, facts)
+                check_choice(other, cfg, facts)
+                kept = ("strategy", "dependent")
+                assert all(getattr(other, name) == getattr(choice, name) for name in kept)
+                assert other.gate_up.bm == choice.gate_up.bm  # type: ignore[union-attr]
+    assert unaligned_choice(Choice("none"), CONFIGS[0], facts) == Choice("none")
 
 
 @pytest.mark.parametrize(("gated", "copies"), [(True, 2), (False, 1)])

@@ -16,6 +16,7 @@ from moert.backends import triton_tiles
 from moert.backends.base import Backend, Program, Router
 from moert.backends.triton_launches import Views, direct_launches, grouped_launches
 from moert.backends.triton_router import make_router
+from moert.backends.triton_tile_limits import is_rdna
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -87,7 +88,7 @@ class TritonBackend(Backend):
             views,
             dependent=choice.dependent,
         )
-        rolled = triton_tiles.is_rdna(self.facts)
+        rolled = is_rdna(self.facts)
         return [*sort, *grouped_launches(cfg, weights, choice, views, rolled)]
 
     def program(
@@ -99,8 +100,12 @@ class TritonBackend(Backend):
         aligned: bool = True,
         kernel_cache: dict[Any, Any] | None = None,
     ) -> Program:
-        launches = self.launches(tokens, choice, views)
+        launches = self.launches(tokens, choice if aligned else self.unaligned(choice), views)
         return self.bind(launches, aligned=aligned, kernel_cache=kernel_cache)
+
+    def unaligned(self, choice: Choice) -> Choice:
+        """What runs in place of a choice where nothing is known about the caller's addresses."""
+        return triton_tiles.unaligned_choice(choice, self.cfg, self.facts)
 
     def direct_choice(self) -> Choice:
         """A choice that computes any number of tokens and needs the arena field "h" alone."""

@@ -1,12 +1,24 @@
 """Tile choice of the Triton backend: pure functions of (configuration, device facts, T).
 
-The heuristic is only where tuning starts: a bucket keeps it until something measured beats it.
+The heuristic is only where tuning starts: a bucket keeps it until something measured beats it. No choice
+names a tile that spills registers on its device (`triton_tile_limits`) or needs more shared memory than
+there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from moert.backends.triton_tile_limits import (
+    careful_tile,
+    direct_fits,
+    grouped_fits,
+    is_rdna,
+    most_rows,
+    needs_care,
+    wide,
+)
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
@@ -21,6 +33,10 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     direct up to 4 tokens: routed rows of so few tokens are mostly alone with their expert (measured on an
     H200 with E=128, K=8: sort and matrix units begin to pay between 4 and 8 tokens); then BM follows the
     mean rows an expert gets, and one workgroup sorts while all routed rows fit it comfortably.
+
+    The tile is the first of a list, widest first, that the device has shared memory and registers for: with
+    BM of 64 and 128 gfx950, of 160 KiB, gets tiles twice as wide as gfx942, of 64 KiB. RDNA (gfx1151) has one
+    width for each BM: of all that spill nowhere, the one with most waves.
     """
     rows = tokens * cfg.top_k
     dependent = facts.dependent_launch
@@ -30,9 +46,9 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
         return direct_choice(cfg, facts)
     mean = rows / cfg.num_experts
     bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
+    bm = min(bm, most_rows(cfg, facts))
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
-    for bn, bk, warps, stages in _default_tiles(bm, facts):
-        tile = Tile(bm, bn, bk, warps, stages)
+    for tile in _default_tiles(bm, cfg, facts):
         if _fits(tile, cfg, facts):
             return Choice(strategy, tile, tile, dependent)
     return _smallest(strategy, facts)
@@ -45,29 +61,46 @@ def _smallest(strategy: str, facts: DeviceFacts) -> Choice:
 
 def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:
     """The direct pair with default tiles: right for any number of tokens, fast for few."""
-    up, down = (_default_direct(size, facts) for size in (cfg.hidden_size, cfg.intermediate_size))
+    sizes = (cfg.hidden_size, cfg.intermediate_size)
+    up, down = (_default_direct(size, cfg, facts) for size in sizes)
     return Choice("none", up, down)
 
 
-def _default_tiles(bm: int, facts: DeviceFacts) -> list[tuple[int, int, int, int]]:
+def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choice:
+    """The same launches on the same arena views, with tiles for loads that may be narrow.
+
+    What is not known to be aligned is loaded element by element, and needs more registers.
+    """
+    if facts.kind == "cpu" or choice.gate_up is None:
+        return choice
+    if choice.strategy == "none":
+        return replace(direct_choice(cfg, facts), dependent=choice.dependent)
+    tile = careful_tile(choice.gate_up.bm, cfg, facts)
+    return replace(choice, gate_up=tile, down=tile)
+
+
+def _default_tiles(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:
+    shapes = [(32, 64, 4, 2), (32, 32, 4, 1)]
     if is_rdna(facts):
-        # compiled for gfx1100, gfx1151 and gfx1201: of all that spill nowhere, those with most waves
-        return [(64, 32, 8 if bm >= 64 else 4, 2), (32, 32, 4, 1)]
-    if bm >= 64:
-        return [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
-    deep = 4 if facts.kind == "cuda" else 2
-    return [(64, 128, 4, deep), (64, 64, 4, deep), (32, 64, 4, 2), (32, 32, 4, 1)]
+        # of all that spill nowhere, those with most waves
+        shapes = [(64, 32, 8 if bm >= 64 else 4, 2), (32, 32, 4, 1)]
+    elif bm >= 64:
+        shapes = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
+        if bm == 128 and facts.kind == "cuda":
+            shapes[1:1] = [(64, 64, 8, 3), (64, 64, 8, 2)]
+    else:
+        deep = 4 if facts.kind == "cuda" else 2
+        shapes = [(64, 128, 4, deep), (64, 64, 4, deep), *shapes]
+    tiles = [Tile(bm, *shape) for shape in shapes]
+    if needs_care(cfg):
+        tiles.insert(0, careful_tile(bm, cfg, facts))
+    return tiles
 
 
-def is_rdna(facts: DeviceFacts) -> bool:
-    """AMD's graphics architecture: waves of 32 and 256 vector registers, no accumulation registers."""
-    return facts.kind == "hip" and facts.warp_size == 32
-
-
-def _default_direct(reduction: int, facts: DeviceFacts) -> Tile:
-    fitting = [tile for tile in direct_tiles(reduction, facts) if tile.bn == 8]
+def _default_direct(reduction: int, cfg: MoEConfig, facts: DeviceFacts) -> Tile:
+    fitting = [tile for tile in direct_tiles(reduction, cfg, facts) if tile.bn == 8]
     if is_rdna(facts):
-        # stages wait in registers there: compiled for gfx1151, more or wider ones spill
+        # stages wait in registers there
         return min(fitting, key=lambda tile: (tile.num_stages, tile.bk))
     return fitting[len(fitting) // 3]
 
@@ -77,7 +110,9 @@ def _power_of_two(size: int, low: int, high: int) -> int:
 
 
 def _fits(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> bool:
-    return shared_bytes(tile, cfg, facts) <= facts.shared_memory
+    if shared_bytes(tile, cfg, facts) > facts.shared_memory:
+        return False
+    return grouped_fits(tile, cfg, facts)
 
 
 def shared_bytes(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> int:
@@ -134,23 +169,22 @@ _DIRECT = (
 )
 
 
-# compiled for gfx1100, gfx1151 and gfx1201: the gate/up GEMM spills with these
-_SPILLING_RDNA = frozenset({(8, 256, 4, 6), (16, 128, 2, 4), (32, 128, 2, 4), (32, 256, 4, 3)})
-
-
-def direct_tiles(reduction: int, facts: DeviceFacts) -> list[Tile]:
+def direct_tiles(reduction: int, cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:
     """Tiles of a direct GEMM that waste at most a quarter of the widest step on a short reduction."""
     tiles = [
-        Tile(1, bn, bk, warps, stages)
-        for bn, bk, warps, stages in _DIRECT
-        if -(-reduction // bk) * bk <= 1.25 * reduction
-        and not (is_rdna(facts) and (bn, bk, warps, stages) in _SPILLING_RDNA)
+        tile
+        for tile in (Tile(1, *shape) for shape in _DIRECT)
+        if -(-reduction // tile.bk) * tile.bk <= 1.25 * reduction and direct_fits(tile, cfg, facts)
     ]
-    return tiles or [Tile(1, bn, _power_of_two(reduction, 16, 128), 2, 3) for bn in (4, 8, 16)]
+    if any(tile.bn == 8 for tile in tiles):
+        return tiles
+    short = [Tile(1, bn, _power_of_two(reduction, 16, 128), 2, 3) for bn in (4, 8)]
+    return [tile for tile in short if tile.bn == 8 or wide(tile, cfg, facts)]
 
 
 def _direct_candidates(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
-    up, down = direct_tiles(cfg.hidden_size, facts), direct_tiles(cfg.intermediate_size, facts)
+    sizes = (cfg.hidden_size, cfg.intermediate_size)
+    up, down = (direct_tiles(size, cfg, facts) for size in sizes)
     # the two GEMMs hardly influence each other: vary one at a time, then how they are launched
     middle_up, middle_down = up[len(up) // 3], down[len(down) // 3]
     yield from (Choice("none", tile, middle_down) for tile in up)
@@ -164,13 +198,13 @@ _GROUPED = (
     *((64, 128, 4, 3), (32, 128, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (32, 256, 4, 3)),
     *((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4)),
 )
+# where the tall tiles of the list above do not fit
+_GROUPED_SMALL = ((64, 64, 8, 3), (64, 64, 8, 2))
 # 64 KiB of shared memory on most: more than two stages would leave only the smallest tiles
 _GROUPED_HIP = (
     *((32, 64, 4, 2), (32, 128, 4, 2), (32, 256, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2)),
-    *((64, 128, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+    *((64, 128, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
 )
-
-
 # BN, BK, warps, stages by BM. Compiled for gfx1100, gfx1151 and gfx1201, gate/up and down, reductions from
 # 256 to 7168, odd ones too: these spill nowhere, taller and deeper ones in most places
 _GROUPED_RDNA = {
@@ -187,19 +221,28 @@ _GROUPED_RDNA = {
 }
 
 
-def _grouped_shapes(bm: int, facts: DeviceFacts) -> tuple[tuple[int, int, int, int], ...]:
+def _grouped_tiles(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:
+    careful = careful_tile(bm, cfg, facts)
+    if cfg.dtype == "float32":
+        return [careful]
     if is_rdna(facts):
-        return _GROUPED_RDNA[bm]
-    return _GROUPED_HIP if facts.kind == "hip" else _GROUPED
+        shapes = _GROUPED_RDNA[bm]
+    elif needs_care(cfg):
+        return [careful, Tile(bm, 32, 64, careful.num_warps, 2)]
+    elif facts.kind == "hip":
+        shapes = _GROUPED_HIP
+    else:
+        shapes = _GROUPED if bm < 128 or facts.arch == "sm_90" else (*_GROUPED, *_GROUPED_SMALL)
+    return [Tile(bm, *shape) for shape in shapes]
 
 
 def _grouped_candidates(
     cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str, most: int | None
 ) -> Iterator[Choice]:
     mean = tokens * cfg.top_k / cfg.num_experts
-    sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(16, 4 * mean)][-3:]
+    tallest = min(max(16, 4 * mean), most_rows(cfg, facts))
+    sizes = [bm for bm in (16, 32, 64, 128) if bm <= tallest][-3:]
     for bm in sizes:
-        for bn, bk, warps, stages in _grouped_shapes(bm, facts)[:most]:
-            tile = Tile(bm, bn, bk, warps, stages)
-            if _fits(tile, cfg, facts):
-                yield Choice(strategy, tile, tile, facts.dependent_launch)
+        fitting = [tile for tile in _grouped_tiles(bm, cfg, facts) if _fits(tile, cfg, facts)]
+        for tile in fitting[:most]:
+            yield Choice(strategy, tile, tile, facts.dependent_launch)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from moert.build import DEFAULT_BUCKETS, DEFAULT_MAX_TOKENS
 from moert.cli.arguments import (
@@ -24,12 +25,12 @@ from moert.cli.arguments import (
 )
 from moert.cli.compile_pool import Row, examine_all
 from moert.cli.compile_variants import (
+    FAMILIES,
     LAYOUTS,
     Layer,
     Variant,
     layouts_of,
-    routing_variants,
-    variants,
+    specialisation,
 )
 from moert.config import MoEConfig, Routing
 from moert.device import KNOWN_DEVICES
@@ -39,17 +40,32 @@ EXAMPLES = """examples:
   moert compile --target gfx942                          the usual layers, every default plan
   moert compile --target gfx942 --target sm_90 --shape 128,8,2048,768 --layout plain
   moert compile --target gfx1151 --model DIR --all-candidates --json
+  moert compile --quick                                  every device, few layers and sizes
 """
 TARGETS = tuple(KNOWN_DEVICES)
 # buckets, then what is launched eagerly up to the default max_tokens
 BUCKETS = (*DEFAULT_BUCKETS, 1024, 2048, DEFAULT_MAX_TOKENS)
-# a small expert in every layout, one with biases and an interleaved gate, one routed by groups
+# a small expert in every layout and dtype, one with biases and an interleaved gate, one routed by groups, one
+# whose rows begin at no multiple of 16 bytes
 _GROUPS = Routing("sigmoid", correction_bias=True, num_groups=8, top_groups=4, scaling_factor=2.5)
+_SMALL = MoEConfig(128, 8, 2048, 768)
+_BIASED = MoEConfig(128, 4, 2880, 2880, activation="swiglu_oai", bias=True)
+_NARROW = MoEConfig(128, 8, 1000, 500)
 USUAL = (
-    (MoEConfig(128, 8, 2048, 768), LAYOUTS),
-    (MoEConfig(128, 4, 2880, 2880, activation="swiglu_oai", bias=True), ("plain", "interleaved")),
+    (_SMALL, LAYOUTS),
+    (replace(_SMALL, dtype="float16"), ("plain",)),
+    (replace(_SMALL, dtype="float32"), ("plain",)),
+    (_BIASED, ("plain", "interleaved")),
     (MoEConfig(256, 8, 7168, 256, routing=_GROUPS), ("plain",)),
+    (_NARROW, ("plain",)),
 )
+# of all that, what a minute or two suffice for
+QUICK = (
+    (_SMALL, ("plain",)),
+    (replace(_BIASED, top_k=8, dtype="float16"), ("interleaved",)),
+    (replace(_NARROW, dtype="float32"), ("plain",)),
+)
+QUICK_BUCKETS = (1, 64, DEFAULT_MAX_TOKENS)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +79,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     layer = parser.add_mutually_exclusive_group()
     layer.add_argument(
         "--shape", action="append", type=shape, metavar="E,K,H,I", help="a layer; may be repeated"
+    )
+    layer.add_argument(
+        "--quick", action="store_true", help="few layers and sizes, for checks of a change"
     )
     layer.add_argument("--model", type=directory, metavar="DIR", help="the layers of a checkpoint")
     parser.add_argument(
@@ -81,9 +100,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     jobs = args.jobs if args.jobs > 0 else os.cpu_count() or 1
-    chosen = collect(
-        layers(args), args.target or TARGETS, sorted(args.tokens or BUCKETS), args.all_candidates
-    )
+    buckets = args.tokens or (QUICK_BUCKETS if args.quick else BUCKETS)
+    chosen = collect(layers(args), args.target or TARGETS, sorted(buckets), args.all_candidates)
     start = time.monotonic()
     rows = compile_rows(chosen, jobs)
     bad = [row for row in rows if row.problems]
@@ -111,7 +129,7 @@ def layers(args: argparse.Namespace) -> list[Layer]:
         return [layer for cfg in cfgs for layer in layouts_of(cfg, wanted)]
     return [
         layer
-        for cfg, layouts in USUAL
+        for cfg, layouts in (QUICK if args.quick else USUAL)
         for layer in layouts_of(
             replace(cfg, **layer_options(args)), [name for name in layouts if name in wanted]
         )
@@ -121,22 +139,14 @@ def layers(args: argparse.Namespace) -> list[Layer]:
 def collect(
     layers: Sequence[Layer], targets: Sequence[str], buckets: Sequence[int], all_candidates: bool
 ) -> list[Variant]:
-    """Every kernel to compile; layouts and biases change nothing about routing, sorting and combining."""
-    found: dict[Variant, None] = {}
+    """Every kernel to compile, each specialisation once."""
+    found: dict[tuple[Any, ...], Variant] = {}
     for arch in dict.fromkeys(targets):
-        shared = set()
         for layer in layers:
-            everything = [
-                *routing_variants(layer, arch, buckets),
-                *variants(layer, arch, buckets, all_candidates),
-            ]
-            for variant in everything:
-                gemm = variant.kernel.startswith(("gate_up", "down"))
-                key = (replace(layer.cfg, bias=False), replace(variant, layer=layers[0]))
-                if gemm or key not in shared:
-                    found[variant] = None
-                shared.add(key)
-    return list(found)
+            for family in FAMILIES:
+                for variant in family(layer, arch, buckets, all_candidates):
+                    found.setdefault(specialisation(variant), variant)
+    return list(found.values())
 
 
 def compile_rows(chosen: Sequence[Variant], jobs: int) -> list[Row]:

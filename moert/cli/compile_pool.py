@@ -16,6 +16,7 @@ from moert.cli.compile_report import Resources, problems, read_amdgcn, read_ptx
 from moert.cli.compile_variants import Variant, compile_variant
 from moert.device import KNOWN_DEVICES, DeviceFacts
 from moert.env import without
+from moert.graphs import parameter_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,13 @@ def resources(compiled: Any, facts: DeviceFacts, num_warps: int) -> Resources:
         ValueError: they say too little.
     """
     metadata = compiled.metadata
+    visible = sum(kind != "constexpr" for kind in compiled.src.signature.values())
     sizes = {
         "num_warps": num_warps,
         "shared": metadata.shared,
         "global_scratch": getattr(metadata, "global_scratch_size", 0)
         + getattr(metadata, "profile_scratch_size", 0),
+        "hidden": parameter_count(compiled) - visible,
     }
     if facts.kind == "hip":
         return read_amdgcn(compiled.asm["amdgcn"], facts, **sizes)

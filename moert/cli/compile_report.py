@@ -30,6 +30,8 @@ _HIP_BYTES = {
 _CUDA_LOAD = r"\bld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b"
 _CUDA_ASYNC = r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)"
 
+TRITONS_ARGUMENTS = 2  # scratch pointers, last: node updates of graphs count on no others
+
 # registers of one SIMD lane and the most warps of one SIMD (CUDA programming guide, compute capabilities;
 # AMD's are counted by the compiler itself)
 _CUDA_REGISTERS, _CUDA_WARPS, _CUDA_SIMDS = 65536, 64, 4
@@ -50,6 +52,7 @@ class Resources:
         occupancy: warps (waves) that one SIMD can hold at a time.
         matrix: matrix instructions in the code.
         widest_load: bytes a lane loads at once from device memory, at most.
+        hidden: arguments that the machine code takes beyond those of the kernel.
     """
 
     vgprs: int
@@ -62,10 +65,17 @@ class Resources:
     occupancy: int
     matrix: int
     widest_load: int
+    hidden: int = TRITONS_ARGUMENTS
 
 
 def read_amdgcn(
-    text: str, facts: DeviceFacts, *, num_warps: int, shared: int, global_scratch: int = 0
+    text: str,
+    facts: DeviceFacts,
+    *,
+    num_warps: int,
+    shared: int,
+    global_scratch: int = 0,
+    hidden: int = TRITONS_ARGUMENTS,
 ) -> Resources:
     """Resources of AMD assembly.
 
@@ -88,6 +98,7 @@ def read_amdgcn(
         occupancy=waves,
         matrix=len(re.findall(_MATRIX["hip"], text, re.MULTILINE)),
         widest_load=max(_hip_loads(text), default=0),
+        hidden=hidden,
     )
 
 
@@ -99,6 +110,7 @@ def read_ptx(
     num_warps: int,
     shared: int,
     global_scratch: int = 0,
+    hidden: int = TRITONS_ARGUMENTS,
 ) -> Resources:
     """Resources of NVIDIA code.
 
@@ -126,19 +138,26 @@ def read_ptx(
         occupancy=blocks * num_warps // _CUDA_SIMDS,
         matrix=len(re.findall(_MATRIX["cuda"], text)),
         widest_load=max(_cuda_loads(text), default=0),
+        hidden=hidden,
     )
 
 
 def problems(
     found: Resources, facts: DeviceFacts, *, needs_matrix: bool, needs_wide: bool
 ) -> list[str]:
-    """What is wrong with a kernel on a device; empty where nothing is."""
+    """What is wrong with a kernel on a device; empty where nothing is.
+
+    Nothing is allowed for: one spilled register, one byte of scratch is a fault on every device.
+    """
     wrong = {
         f"spills {found.spills} registers": found.spills > 0,
         f"{found.scratch} bytes of scratch a lane": found.scratch > 0,
         f"{found.global_scratch} bytes of device memory a launch": found.global_scratch > 0,
         f"{found.shared} bytes of shared memory, the device has {facts.shared_memory}": (
             found.shared > facts.shared_memory
+        ),
+        f"{found.hidden} hidden arguments, Triton adds {TRITONS_ARGUMENTS}": (
+            found.hidden != TRITONS_ARGUMENTS
         ),
         "no matrix instruction": needs_matrix and not found.matrix,
         f"no 16-byte load, the widest has {found.widest_load}": (

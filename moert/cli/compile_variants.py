@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from moert.backends.aiter import AiterBackend
 from moert.backends.triton import TritonBackend
 from moert.backends.triton_router import LOGITS_DTYPES, routing_source
 from moert.cli.absent import absent_views, absent_weights
@@ -19,10 +20,27 @@ from moert.env import SORT_POLICIES
 from moert.errors import ConfigError
 from moert.launch import Launch, compile_launch, signature
 from moert.plan import STRATEGIES, Choice
+from moert.steps.checked_rows.launches import checked_rows_launch, clear_live_rows_launch
 from moert.steps.routing.triton import routing_launch
 from moert.tuning.store import SHIPPED, Store, geometry
 
 LAYOUTS = ("plain", "bias", "interleaved", "transposed")
+ROUTING: Final = "routing_fwd_kernel"
+
+
+def _checked_rows(cfg: MoEConfig) -> Launch:
+    ids, weights = (
+        torch.empty(1, cfg.top_k, dtype=dtype, device="meta")
+        for dtype in (torch.int32, torch.float32)
+    )
+    return checked_rows_launch(cfg, ids, weights)
+
+
+# kernels that belong to no choice of a plan: what the AITER backend launches of ours
+BESIDE: Final[dict[str, Callable[[MoEConfig], Launch]]] = {
+    "checked_rows_kernel": _checked_rows,
+    "clear_live_rows_kernel": clear_live_rows_launch,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +67,7 @@ class Variant:
         arch: a key of `KNOWN_DEVICES`.
         layer: whose plan it is.
         tokens: of the first bucket that launches it.
-        choice: of the plan; None for routing.
+        choice: of the plan; None for routing, and for kernels in `BESIDE`.
         index: of the launch within the plan; for routing, of the dtype in `LOGITS_DTYPES`.
         aligned: addresses and strides of a call are known to be multiples of 16.
     """
@@ -63,19 +81,22 @@ class Variant:
     kernel: str
 
     def launch(self) -> Launch:
-        assert self.choice is not None
-        backend = self.layer.backend(self.arch)
-        views = absent_views(backend.fields(self.tokens, self.choice))
-        return backend.launches(self.tokens, self.choice, views)[self.index]
+        if self.choice is None:
+            return BESIDE[self.kernel](self.layer.cfg)
+        return planned_launches(
+            self.layer.backend(self.arch), self.tokens, self.choice, self.aligned
+        )[self.index]
 
     @property
     def tile(self) -> str:
         """The tile or the sorting strategy, whichever decided how the kernel is made."""
-        if self.choice is None:
+        if self.kernel == ROUTING:
             return str(LOGITS_DTYPES[self.index]).removeprefix("torch.")
-        if self.kernel.startswith("gate_up"):
-            return str(self.choice.gate_up)
-        return str(self.choice.down) if self.kernel.startswith("down") else "-"
+        if self.choice is None or not self.kernel.startswith(("gate_up", "down")):
+            return "-"
+        backend = self.layer.backend(self.arch)
+        choice = self.choice if self.aligned else backend.unaligned(self.choice)
+        return str(choice.gate_up if self.kernel.startswith("gate_up") else choice.down)
 
     @property
     def needs_matrix(self) -> bool:
@@ -83,12 +104,15 @@ class Variant:
 
     @property
     def needs_wide(self) -> bool:
-        """Weights are read 16 bytes a lane, where their rows begin at multiples of 16 bytes."""
+        """Weights are read 16 bytes a lane, where their rows begin at multiples of 16 bytes.
+
+        Rows of up to 64 elements are too short for every lane of a workgroup to have as much.
+        """
         if not self.kernel.startswith(("gate_up", "down")) or self.layer.layout == "transposed":
             return False
         cfg = self.layer.cfg
         size = cfg.hidden_size if self.kernel.startswith("gate_up") else cfg.intermediate_size
-        return size * cfg.torch_dtype.itemsize % 16 == 0
+        return size > 64 and size * cfg.torch_dtype.itemsize % 16 == 0
 
 
 def layouts_of(cfg: MoEConfig, layouts: Sequence[str]) -> list[Layer]:
@@ -104,10 +128,18 @@ def layouts_of(cfg: MoEConfig, layouts: Sequence[str]) -> list[Layer]:
     return list(found)
 
 
-def variants(
+def planned_launches(
+    backend: TritonBackend, tokens: int, choice: Choice, aligned: bool
+) -> list[Launch]:
+    """What a program of the backend launches for a choice; see `Backend.program`."""
+    views = absent_views(backend.fields(tokens, choice))
+    return backend.launches(tokens, choice if aligned else backend.unaligned(choice), views)
+
+
+def plan_variants(
     layer: Layer, arch: str, buckets: Sequence[int], all_candidates: bool = False
 ) -> Iterator[Variant]:
-    """Every kernel of the plans for these buckets, each specialisation once.
+    """Every kernel of the plans for these buckets.
 
     Args:
         all_candidates: also what tuning would time, not only defaults and shipped records.
@@ -119,33 +151,38 @@ def variants(
     if reason := backend.supports(layer.cfg, backend.facts):
         raise ConfigError(f"{layer.cfg}: {reason}")
     shipped = Store(backend.facts, geometry(layer.cfg, backend.weights), {}, [(SHIPPED, "shipped")])
-    seen = set()
     for tokens in buckets:
         choices = [backend.default_choice(tokens)]
         choices += [r.choice for policy in SORT_POLICIES for r in shipped.find(tokens, policy)]
         if all_candidates:
             choices += backend.candidates(tokens, STRATEGIES)
         for choice in dict.fromkeys(choices):
-            launches = backend.launches(
-                tokens, choice, absent_views(backend.fields(tokens, choice))
-            )
             for aligned in (True, False):
+                launches = planned_launches(backend, tokens, choice, aligned)
                 for index, launch in enumerate(launches):
-                    key = _key(launch, layer.cfg.torch_dtype, aligned, backend.row_multiple)
-                    if key not in seen:
-                        seen.add(key)
-                        yield Variant(arch, layer, tokens, choice, index, aligned, launch.name)
+                    yield Variant(arch, layer, tokens, choice, index, aligned, launch.name)
 
 
-def routing_variants(layer: Layer, arch: str, buckets: Sequence[int]) -> Iterator[Variant]:
+def routing_variants(
+    layer: Layer, arch: str, buckets: Sequence[int], all_candidates: bool = False
+) -> Iterator[Variant]:
     """The routing kernel of these buckets for every dtype of logits."""
-    seen = set()
     for tokens in buckets:
-        constants = tuple(routing_launch(layer.cfg, tokens)[1].items())
-        if constants not in seen:
-            seen.add(constants)
-            for index in range(len(LOGITS_DTYPES)):
-                yield Variant(arch, layer, tokens, None, index, False, "routing_fwd_kernel")
+        for index in range(len(LOGITS_DTYPES)):
+            yield Variant(arch, layer, tokens, None, index, False, ROUTING)
+
+
+def beside_variants(
+    layer: Layer, arch: str, buckets: Sequence[int], all_candidates: bool = False
+) -> Iterator[Variant]:
+    """What precedes AITER's operators, where these can serve the layer."""
+    if AiterBackend.refuses(layer.cfg, KNOWN_DEVICES[arch]) is None:
+        for kernel in BESIDE:
+            yield Variant(arch, layer, buckets[0], None, 0, True, kernel)
+
+
+# (layer, arch, buckets, all_candidates) -> variants: further families of kernels are added here
+FAMILIES: Final = (routing_variants, plan_variants, beside_variants)
 
 
 def compile_variant(variant: Variant) -> tuple[Any, int]:
@@ -154,7 +191,7 @@ def compile_variant(variant: Variant) -> tuple[Any, int]:
     name = variant.arch if facts.kind == "hip" else int(variant.arch.removeprefix("sm_"))
     target = GPUTarget(facts.kind, name, facts.warp_size)
     cfg = variant.layer.cfg
-    if variant.choice is None:
+    if variant.kernel == ROUTING:
         _, constants, warps = routing_launch(cfg, variant.tokens, facts.dependent_launch)
         dtype, bias = LOGITS_DTYPES[variant.index], cfg.routing.correction_bias
         source = routing_source(dtype, constants, bias)
@@ -170,9 +207,19 @@ def compile_variant(variant: Variant) -> tuple[Any, int]:
     return compiled, launch.num_warps
 
 
-def _key(launch: Launch, dtype: torch.dtype, aligned: bool, row_multiple: int) -> Any:
-    sig, constants, attrs = signature(launch, dtype, aligned, row_multiple)
+def specialisation(variant: Variant) -> tuple[Any, ...]:
+    """What the compiler is given: variants of which it is equal are one kernel."""
+    cfg = variant.layer.cfg
+    if variant.kernel == ROUTING:
+        dependent = KNOWN_DEVICES[variant.arch].dependent_launch
+        _, constants, warps = routing_launch(cfg, variant.tokens, dependent)
+        bias = cfg.routing.correction_bias
+        return (variant.arch, ROUTING, variant.index, tuple(constants.items()), bias, warps)
+    launch = variant.launch()
+    row_multiple = variant.layer.backend(variant.arch).row_multiple
+    sig, constants, attrs = signature(launch, cfg.torch_dtype, variant.aligned, row_multiple)
     return (
+        variant.arch,
         launch.name,
         *(tuple(part.items()) for part in (sig, constants)),
         tuple(attrs),
