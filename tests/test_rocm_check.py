@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,20 +20,37 @@ import rocm_check  # noqa: E402
 pytest.importorskip("triton")
 import gpu_check  # noqa: E402
 
+from moert.device import KNOWN_DEVICES  # noqa: E402
+
 needs_no_rocm = pytest.mark.skipif(
     torch.version.hip is not None and torch.cuda.is_available(), reason="a ROCm device is here"
 )
 
 
 @needs_no_rocm
-def test_without_a_rocm_device_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "rocm_check.py", "--out", tmp_path / "r.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("shell", [False, True])
+def test_without_a_rocm_device_it_says_so_and_writes_nothing(tmp_path: Path, shell: bool) -> None:
+    script = ROOT / "scripts" / ("rocm_check.sh" if shell else "rocm_check.py")
+    command = ["bash" if shell else sys.executable, script, "--out", tmp_path / "r.json"]
+    environment = {**os.environ, "MOERT_PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("rocm_check: nothing was run: torch ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_no_rocm
+def test_aiter_that_cannot_be_used_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_support  # noqa: F401
+
+    import moert.device
+
+    monkeypatch.setattr(moert.device, "device_facts", lambda device: KNOWN_DEVICES["gfx1151"])
+    part: dict[str, object] = {}
+    assert rocm_check.aiter_backend(part)
+    assert "CDNA" in str(part["why not"]) and len(part) == 1
 
 
 @pytest.mark.parametrize("arguments", [["--only", "no such part"], ["--unknown"]])
