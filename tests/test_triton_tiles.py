@@ -177,7 +177,8 @@ def test_unaligned_calls_use_the_same_arena_and_kernels(arch: str) -> None:
                 check_choice(other, cfg, facts)
                 kept = ("strategy", "dependent")
                 assert all(getattr(other, name) == getattr(choice, name) for name in kept)
-                assert other.gate_up.bm == choice.gate_up.bm  # type: ignore[union-attr]
+                if choice.strategy != "none":  # rows are padded to it
+                    assert other.gate_up.bm == choice.gate_up.bm  # type: ignore[union-attr]
     assert unaligned_choice(Choice("none"), CONFIGS[0], facts) == Choice("none")
 
 

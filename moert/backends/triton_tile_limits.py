@@ -14,7 +14,7 @@ from moert.plan import Tile
 
 # BM, BN, BK, warps of grouped tiles that spill with 2-byte elements and wide loads
 _GROUPED: Final[dict[str, set[tuple[int, int, int, int]]]] = {
-    "sm_80": {(128, 128, 64, 8), (128, 64, 64, 4)},
+    "sm_80": {(128, 128, 64, 8), (128, 64, 64, 4), (16, 64, 64, 4)},
     "sm_90": {(128, 128, 64, 4)},
     "sm_100": {(32, 256, 64, 8), (64, 64, 128, 4), (64, 128, 64, 8), (128, 128, 64, 4)},
     "gfx90a": set(),

@@ -181,8 +181,8 @@ def _one_shot(
 ) -> Launch:
     rows = tokens * top_k
     tile, share = one_shot_tile(rows), one_shot_share(rows)
-    if sizes["BM"] > 64:
-        share = min(share, 8)  # 16 spill there, compiled for sm_90
+    if sizes["BM"] > 64 or (facts.kind == "cuda" and facts.arch != "sm_90"):
+        share = min(share, 8)  # 16 spill: on sm_90 with tall blocks, on sm_80 with BM=32
 
     def grid(rows: int) -> tuple[int, int, int]:
         return max(1, -(-min(rows, tokens) * top_k // share)), 1, 1
