@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import triton
 
 from moert.backends import triton_tiles
+from moert.cli import compile
 from moert.cli.compile import BUCKETS, collect
 from moert.cli.compile_pool import Row, examine_all
 from moert.cli.compile_report import Resources, problems, read_amdgcn, read_ptx
@@ -189,13 +190,30 @@ def test_command_finds_a_planted_kernel(
     bad = Choice("none", Tile(1, 32, 128, 2, 4), Tile(1, 8, 128, 2, 4))
     monkeypatch.setattr(triton_tiles, "default_choice", lambda cfg, facts, tokens: bad)
     words = ["--target", "gfx1151", "--shape", "32,4,2048,768", "--layout", "plain"]
-    assert main(["compile", *words, "--tokens", "1"]) == 1
+    assert main(["compile", *words, "--tokens", "1", "--defaults-only"]) == 1
     out = capsys.readouterr().out
     head, *table = out.splitlines()
     assert head.split()[:3] == ["target", "kernel", "tile"]
     spilling = [line for line in table if "1x32x128/w2s4" in line and "spills" in line]
     assert spilling and all("gate_up_direct_kernel" in line for line in spilling)
     assert "1 with problems" in out  # unaligned calls get another tile
+
+
+@pytest.mark.parametrize(
+    ("flags", "everything"), [([], True), (["--defaults-only"], False), (["--quick"], False)]
+)
+def test_whatever_a_plan_may_choose_unless_told_otherwise(
+    flags: list[str], everything: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[Variant] = []
+    monkeypatch.setattr(compile, "compile_rows", lambda found, jobs: chosen.extend(found) or [])
+    shape = [] if "--quick" in flags else ["--shape", "32,4,2048,768"]
+    words = ["compile", "--target", "gfx942", *shape, "--tokens", "64", *flags]
+    assert main(words) == 0
+    layer = chosen[0].layer
+    default = layer.backend("gfx942").default_choice(64)
+    choices = {v.choice for v in chosen if v.layer == layer and v.choice is not None}
+    assert choices > {default} if everything else choices == {default}
 
 
 SAMPLED = (

@@ -37,9 +37,9 @@ from moert.device import KNOWN_DEVICES
 from moert.tuning.progress import Progress
 
 EXAMPLES = """examples:
-  moert compile --target gfx942                          the usual layers, every default plan
+  moert compile --target gfx942                          the usual layers, whatever plans may choose
   moert compile --target gfx942 --target sm_90 --shape 128,8,2048,768 --layout plain
-  moert compile --target gfx1151 --model DIR --all-candidates --json
+  moert compile --target gfx1151 --model DIR --defaults-only --json
   moert compile --quick                                  every device, few layers and sizes
 """
 TARGETS = tuple(KNOWN_DEVICES)
@@ -91,7 +91,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tokens", nargs="+", type=tokens, metavar="T", help="bucket sizes (the default ones)"
     )
     parser.add_argument(
-        "--all-candidates", action="store_true", help="also everything that tuning would time"
+        "--defaults-only",
+        action="store_true",
+        help="only what runs where nothing is tuned, and shipped records",
     )
     parser.add_argument("--jobs", type=int, default=0, help="processes at a time (one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -101,7 +103,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     jobs = args.jobs if args.jobs > 0 else os.cpu_count() or 1
     buckets = args.tokens or (QUICK_BUCKETS if args.quick else BUCKETS)
-    chosen = collect(layers(args), args.target or TARGETS, sorted(buckets), args.all_candidates)
+    everything = not (args.quick or args.defaults_only)
+    chosen = collect(layers(args), args.target or TARGETS, sorted(buckets), everything)
     start = time.monotonic()
     rows = compile_rows(chosen, jobs)
     bad = [row for row in rows if row.problems]
