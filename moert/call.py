@@ -72,7 +72,8 @@ class Call:
     def __init__(self, no_limit: torch.Tensor, row_multiple: int) -> None:
         self.no_limit = no_limit
         self.row_multiple = row_multiple
-        self._no_limit_ptr = no_limit.data_ptr()
+        # kernels read no count through a null pointer; the interpreter reads tensors
+        self._no_limit_ptr = 0 if no_limit.is_cuda else no_limit.data_ptr()
         self._no_topk = TopK(no_limit, no_limit)
         self._buffer = ctypes.create_string_buffer(_LAYOUT.size)
         self.values: tuple[int, ...] = (0,) * len(NAMES)

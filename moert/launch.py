@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from moert.call import POSITION
 from moert.steps.call_args import CALL_ARGS
@@ -131,7 +132,8 @@ def compile_launch(
 ) -> Any:
     """Compile for the current device, or for `target` (a `GPUTarget`) that need not be present."""
     sig, constants, attrs = signature(launch, dtype, aligned, row_multiple)
-    source = ASTSource(launch.kernel, sig, constants, attrs)
+    make_source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = make_source(launch.kernel, sig, constants, attrs)
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,

@@ -12,20 +12,39 @@ from typing import Any
 from moert.arena import Field, layout
 
 STRATEGIES = ("none", "one_shot", "multi_phase")
+# portable tiles; weights streamed through shared memory (moert/steps/streaming)
+KERNELS = ("tile", "stream")
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tile of one GEMM: BM rows, BN output columns, BK reduction columns; launch options."""
+    """Tile of one GEMM and launch options.
+
+    Args:
+        bm: BM, rows of inputs.
+        bn: BN, output columns; of int4 weights and of streams, rows of the weights, where a gate row and an
+            up row make one output column.
+        bk: BK, reduction columns a step; of streams, those of one warp.
+        num_warps, num_stages: warps of a program, steps in flight.
+        kernel: one of `KERNELS`.
+        split: of streams, parts of the reduction that warps work on side by side.
+        repeats: of streams, tiles that a program takes one after the other.
+    """
 
     bm: int
     bn: int
     bk: int
     num_warps: int = 4
     num_stages: int = 2
+    kernel: str = "tile"
+    split: int = 1
+    repeats: int = 1
 
     def __str__(self) -> str:
-        return f"{self.bm}x{self.bn}x{self.bk}/w{self.num_warps}s{self.num_stages}"
+        text = f"{self.bm}x{self.bn}x{self.bk}/w{self.num_warps}s{self.num_stages}"
+        return (
+            text if self.kernel == "tile" else f"{text}k{self.split}r{self.repeats} {self.kernel}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +80,11 @@ class Choice:
             raise ValueError(f"strategy={data['strategy']!r} is not one of {', '.join(STRATEGIES)}")
         tiles = {k: None if data[k] is None else Tile(**data[k]) for k in ("gate_up", "down")}
         for tile in filter(None, tiles.values()):
-            if not all(type(v) is int and v > 0 for v in asdict(tile).values()):
+            sizes = {name: value for name, value in asdict(tile).items() if name != "kernel"}
+            if not all(type(v) is int and v > 0 for v in sizes.values()):
                 raise ValueError(f"tile {tile} has a field that is no positive integer")
+            if tile.kernel not in KERNELS:
+                raise ValueError(f"tile {tile}: kernel is not one of {', '.join(KERNELS)}")
         dependent = data.get("dependent", False)
         if type(dependent) is not bool:
             raise ValueError(f"dependent={dependent!r}: need true or false")

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 
 from moert.arena import Field
-from moert.backends import triton_tiles
+from moert.backends import int4_tiles, stream_tiles, triton_tiles
 from moert.backends.base import Backend, Program, Router
 from moert.backends.triton_launches import Views, direct_launches, grouped_launches
 from moert.backends.triton_router import make_router
-from moert.backends.triton_tile_limits import is_rdna
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.labels import Labels
 from moert.launch import CompiledLaunch, Launch, compile_launch, run_interpreted, signature
-from moert.plan import Choice
+from moert.plan import STRATEGIES, Choice
 from moert.steps.routing.triton import MAX_EXPERTS
 from moert.steps.sorting.launches import feasible, sort_fields, sort_launches
 
@@ -47,11 +46,25 @@ class TritonBackend(Backend):
         return None
 
     def default_choice(self, tokens: int) -> Choice:
-        return triton_tiles.default_choice(self.cfg, self.facts, tokens)
+        choice = self._tiles.default_choice(self.cfg, self.facts, tokens)
+        return choice if self._can_run(choice) else self.candidates(tokens, STRATEGIES)[0]
 
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
         able = [s for s in strategies if self.infeasible(s, tokens) is None]
-        return triton_tiles.candidates(self.cfg, self.facts, tokens, able)
+        found = self._tiles.candidates(self.cfg, self.facts, tokens, able)
+        return [choice for choice in found if self._can_run(choice)]
+
+    @property
+    def _tiles(self) -> Any:
+        """The module that chooses tiles for these weights."""
+        return triton_tiles if self.cfg.quant is None else int4_tiles
+
+    def _can_run(self, choice: Choice) -> bool:
+        """Streams need weights whose rows can be copied 16 bytes at a time, columns in their own order."""
+        tiles = (choice.gate_up, choice.down)
+        if not any(tile is not None and tile.kernel == "stream" for tile in tiles):
+            return True
+        return stream_tiles.readable(self.weights)
 
     def infeasible(self, strategy: str, tokens: int) -> str | None:
         return feasible(strategy, tokens, self.cfg.num_experts, self.cfg.top_k, self.facts)
@@ -76,7 +89,7 @@ class TritonBackend(Backend):
         """The launches of a plan in order; pure but for the tensors it names."""
         cfg, weights = self.cfg, self.weights
         if choice.strategy == "none":
-            return direct_launches(cfg, weights, choice, views)
+            return direct_launches(cfg, weights, self.facts, choice, views)
         assert choice.gate_up is not None
         sort = sort_launches(
             choice.strategy,
@@ -88,8 +101,7 @@ class TritonBackend(Backend):
             views,
             dependent=choice.dependent,
         )
-        rolled = is_rdna(self.facts)
-        return [*sort, *grouped_launches(cfg, weights, choice, views, rolled)]
+        return [*sort, *grouped_launches(cfg, weights, self.facts, choice, views)]
 
     def program(
         self,
@@ -105,11 +117,13 @@ class TritonBackend(Backend):
 
     def unaligned(self, choice: Choice) -> Choice:
         """What runs in place of a choice where nothing is known about the caller's addresses."""
-        return triton_tiles.unaligned_choice(choice, self.cfg, self.facts)
+        unaligned: Choice = self._tiles.unaligned_choice(choice, self.cfg, self.facts)
+        return unaligned
 
     def direct_choice(self) -> Choice:
         """A choice that computes any number of tokens and needs the arena field "h" alone."""
-        return triton_tiles.direct_choice(self.cfg, self.facts)
+        choice: Choice = self._tiles.direct_choice(self.cfg, self.facts)
+        return choice
 
     def bind(
         self,

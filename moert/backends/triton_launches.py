@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
+from moert.backends.int4_launches import down_int4, gate_up_int4
+from moert.backends.stream_launches import down_stream, gate_up_stream
+from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
+from moert.device import DeviceFacts
 from moert.launch import Grid, Launch, in_a_row
 from moert.plan import Choice, Tile
 from moert.steps.combine.triton import combine_kernel
@@ -20,79 +24,106 @@ Views = dict[str, torch.Tensor]
 
 
 def direct_launches(
-    cfg: MoEConfig, weights: ExpertWeights, choice: Choice, views: Views
+    cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts, choice: Choice, views: Views
 ) -> list[Launch]:
     """Strategy "none": gate/up by (row, columns), down by (token, columns)."""
     up, down = _tiles(choice)
-    up_tiles, down_tiles = -(-cfg.intermediate_size // up.bn), -(-cfg.hidden_size // down.bn)
-    ids = {"E": cfg.num_experts, "K": cfg.top_k}
-    gate_up = Launch(
-        gate_up_direct_kernel,
-        lambda tokens: (up_tiles * tokens * cfg.top_k, 1, 1),
-        {"w13_ptr": weights.w13, "b13_ptr": weights.b13, "h_ptr": views["h"]},
-        {**_gate_up_constants(cfg, weights), **ids, **_direct_tile(up)},
-        up.num_warps,
-        up.num_stages,
-    )
-    combine = Launch(
-        down_direct_kernel,
-        lambda tokens: (down_tiles * tokens, 1, 1),
-        {"w2_ptr": weights.w2, "b2_ptr": weights.b2, "h_ptr": views["h"]},
-        {
-            **_down_constants(cfg, weights),
-            **ids,
-            **_direct_tile(down),
-            "KP": 1 << (cfg.top_k - 1).bit_length(),
-        },
-        down.num_warps,
-        down.num_stages,
-    )
-    return in_a_row([gate_up, combine], choice.dependent)
+    gemms = [
+        _gate_up(cfg, weights, facts, up, views, True),
+        _down(cfg, weights, facts, down, views, True),
+    ]
+    return in_a_row(gemms, choice.dependent)
 
 
 def grouped_launches(
-    cfg: MoEConfig, weights: ExpertWeights, choice: Choice, views: Views, rolled: bool = False
+    cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts, choice: Choice, views: Views
 ) -> list[Launch]:
-    """What follows a sort: gate/up and down by (block of BM sorted rows, columns), combine.
-
-    Args:
-        rolled: the loops over the reduction are kept loops.
-    """
+    """What follows a sort: gate/up and down by (block of BM sorted rows, columns), combine."""
     up, down = _tiles(choice)
-    sort = {n: views[n] for n in ("sorted_token_ids", "sorted_expert_ids", "num_valid_ids")}
-    gate_up = Launch(
+    launches = [
+        _gate_up(cfg, weights, facts, up, views, False),
+        _down(cfg, weights, facts, down, views, False),
+        _combine(cfg, views),
+    ]
+    return in_a_row(launches, choice.dependent)
+
+
+def _gate_up(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    facts: DeviceFacts,
+    tile: Tile,
+    views: Views,
+    direct: bool,
+) -> Launch:
+    if tile.kernel == "stream":
+        return gate_up_stream(cfg, weights, tile, views, direct)
+    if cfg.quant is not None:
+        return gate_up_int4(cfg, weights, facts, tile, views, direct)
+    args = {"w13_ptr": weights.w13, "b13_ptr": weights.b13, "h_ptr": views["h"]}
+    constants = _gate_up_constants(cfg, weights)
+    if direct:
+        tiles = -(-cfg.intermediate_size // tile.bn)
+        return Launch(
+            gate_up_direct_kernel,
+            lambda tokens: (tiles * tokens * cfg.top_k, 1, 1),
+            args,
+            {**constants, "E": cfg.num_experts, "K": cfg.top_k, **_direct_tile(tile)},
+            tile.num_warps,
+            tile.num_stages,
+        )
+    return Launch(
         gate_up_grouped_kernel,
-        _grouped_grid(cfg, up, cfg.intermediate_size),
-        {
-            **sort,
-            "w13_ptr": weights.w13,
-            "b13_ptr": weights.b13,
-            "h_ptr": views["h"],
-            "reduction": cfg.hidden_size if rolled else None,
-        },
-        {**_gate_up_constants(cfg, weights), "K": cfg.top_k, **_grouped_tile(up)},
-        up.num_warps,
-        up.num_stages,
+        _grouped_grid(cfg, tile, cfg.intermediate_size),
+        {**args, **_sort(views), "reduction": cfg.hidden_size if is_rdna(facts) else None},
+        {**constants, "K": cfg.top_k, **_grouped_tile(tile)},
+        tile.num_warps,
+        tile.num_stages,
     )
-    down_gemm = Launch(
+
+
+def _down(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    facts: DeviceFacts,
+    tile: Tile,
+    views: Views,
+    direct: bool,
+) -> Launch:
+    if tile.kernel == "stream":
+        return down_stream(cfg, weights, tile, views, direct)
+    if cfg.quant is not None:
+        return down_int4(cfg, weights, facts, tile, views, direct)
+    args = {"w2_ptr": weights.w2, "b2_ptr": weights.b2, "h_ptr": views["h"]}
+    constants = _down_constants(cfg, weights)
+    if direct:
+        tiles = -(-cfg.hidden_size // tile.bn)
+        padded = 1 << (cfg.top_k - 1).bit_length()
+        ids = {"E": cfg.num_experts, "K": cfg.top_k, "KP": padded}
+        return Launch(
+            down_direct_kernel,
+            lambda tokens: (tiles * tokens, 1, 1),
+            args,
+            {**constants, **ids, **_direct_tile(tile)},
+            tile.num_warps,
+            tile.num_stages,
+        )
+    rows = {"y_ptr": views["y"], "sorted_weights": views["sorted_weights"]}
+    rolled = {"reduction": cfg.intermediate_size if is_rdna(facts) else None}
+    return Launch(
         down_grouped_kernel,
-        _grouped_grid(cfg, down, cfg.hidden_size),
-        {
-            **sort,
-            "sorted_weights": views["sorted_weights"],
-            "w2_ptr": weights.w2,
-            "b2_ptr": weights.b2,
-            "h_ptr": views["h"],
-            "y_ptr": views["y"],
-            "reduction": cfg.intermediate_size if rolled else None,
-        },
-        {**_down_constants(cfg, weights), "K": cfg.top_k, **_grouped_tile(down)},
-        down.num_warps,
-        down.num_stages,
+        _grouped_grid(cfg, tile, cfg.hidden_size),
+        {**args, **_sort(views), **rows, **rolled},
+        {**constants, "K": cfg.top_k, **_grouped_tile(tile)},
+        tile.num_warps,
+        tile.num_stages,
     )
+
+
+def _combine(cfg: MoEConfig, views: Views) -> Launch:
     width = min(512, 1 << (cfg.hidden_size - 1).bit_length())
     tiles = -(-cfg.hidden_size // width)
-    combine = Launch(
+    return Launch(
         combine_kernel,
         lambda tokens: (tiles * tokens, 1, 1),
         {"y_ptr": views["y"]},
@@ -100,7 +131,10 @@ def grouped_launches(
         num_warps=2,
         num_stages=1,
     )
-    return in_a_row([gate_up, down_gemm, combine], choice.dependent)
+
+
+def _sort(views: Views) -> dict[str, torch.Tensor]:
+    return {n: views[n] for n in ("sorted_token_ids", "sorted_expert_ids", "num_valid_ids")}
 
 
 def _tiles(choice: Choice) -> tuple[Tile, Tile]:
@@ -126,6 +160,7 @@ def _direct_tile(tile: Tile) -> dict[str, int]:
 
 
 def _gate_up_constants(cfg: MoEConfig, weights: ExpertWeights) -> dict[str, Any]:
+    assert isinstance(weights.w13, torch.Tensor)
     expert, row, column = weights.w13.stride()
     return {
         "H": cfg.hidden_size,
@@ -142,6 +177,7 @@ def _gate_up_constants(cfg: MoEConfig, weights: ExpertWeights) -> dict[str, Any]
 
 
 def _down_constants(cfg: MoEConfig, weights: ExpertWeights) -> dict[str, Any]:
+    assert isinstance(weights.w2, torch.Tensor)
     expert, row, column = weights.w2.stride()
     return {
         "H": cfg.hidden_size,

@@ -100,7 +100,7 @@ class TritonRouter(Router):
             None if self.bias is None else self.bias.data_ptr(),
             out.weights.data_ptr(),
             out.ids.data_ptr(),
-            (self.no_limit if num_valid is None else num_valid).data_ptr(),
+            0 if num_valid is None else num_valid.data_ptr(),
             tokens,
             logits.stride(0),
             *constants.values(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from moert.backends.stream_tiles import direct_choices
 from moert.backends.triton_tile_limits import (
     careful_tile,
     direct_fits,
@@ -136,6 +137,7 @@ def candidates(
     rows = tokens * cfg.top_k
     if "none" in strategies and (rows <= DIRECT_ROWS or len(strategies) == 1):
         found |= dict.fromkeys(_direct_candidates(cfg, facts))
+        found |= dict.fromkeys(direct_choices(cfg, facts))
     sorts = [s for s in strategies if s != "none"]
     sorts.sort(key=lambda s: s != default.strategy)
     for strategy, most in zip(sorts, (None, 3), strict=False):

@@ -28,7 +28,7 @@ CALL_ARGS: dict[str, str] = {
     "weights_are_f32": "i32",
     "out_ptr": "*{dtype}",  # [T, H]
     "out_stride": "i64",  # elements between rows
-    "num_valid_ptr": "*i32",  # one int32: live rows, where smaller than num_tokens
+    "num_valid_ptr": "*i32",  # one int32: live rows, where smaller than num_tokens; null for none
     "num_tokens": "i32",  # rows of the caller's tensors
     "pad_zero": "i32",  # 1: rows live..num_tokens of out become zero; 0: they are not written
 }
@@ -38,8 +38,14 @@ CALL_INTS = [name for name, kind in CALL_ARGS.items() if not kind.startswith("*"
 
 @triton.jit
 def live_tokens(num_tokens, num_valid_ptr):
-    """T: the number of rows to be computed, never negative."""
-    return tl.maximum(tl.minimum(num_tokens, tl.load(num_valid_ptr)), 0)
+    """T: the number of rows to be computed, never negative.
+
+    A null pointer stands for no count; then no load has to end before those of the ids can begin.
+    """
+    given = num_valid_ptr.to(tl.int64) != 0
+    return tl.maximum(
+        tl.minimum(num_tokens, tl.load(num_valid_ptr, mask=given, other=num_tokens)), 0
+    )
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from moert.call import Call, call_key
 from moert.config import MoEConfig, Routing
 from moert.steps.experts_reference import experts_reference
 from moert.topk import TopK, distinct_ids
-from moert.weights import ExpertWeights
+from moert.weights import ExpertWeights, Matrix
 
 # relative L2 error of a right result: a few roundings to the dtype (of h, of y, of out), measured below half
 # of these; a single wrong tile of many exceeds them
@@ -190,7 +190,7 @@ def reference_on_host(
     if not used:
         return torch.zeros(x.shape, dtype=torch.float32, device="cpu")
 
-    def picked(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def picked(tensor: Matrix | None) -> torch.Tensor | None:
         return None if tensor is None else torch.stack([tensor[e].cpu() for e in used])
 
     w13, w2 = picked(weights.w13), picked(weights.w2)

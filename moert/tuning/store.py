@@ -24,6 +24,7 @@ from moert import __version__
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice
+from moert.quantization.int4_layout import Int4Matrix
 from moert.tuning.lock import exclusive
 from moert.weights import ExpertWeights
 
@@ -84,6 +85,9 @@ def geometry(cfg: MoEConfig, weights: ExpertWeights, backend: str = "triton") ->
     parts = [
         f"E{cfg.num_experts}-K{cfg.top_k}-H{cfg.hidden_size}-I{cfg.intermediate_size}-{cfg.dtype}"
     ]
+    if cfg.quant is not None:
+        size = "channel" if cfg.quant.group_size == -1 else f"g{cfg.quant.group_size}"
+        parts.append(f"{cfg.quant.format}_{size}" + ("" if cfg.quant.symmetric else "_zeros"))
     if cfg.activation != "silu":
         parts.append(cfg.activation)
     if cfg.activation_limit is not None and cfg.activation != "swiglu_oai":
@@ -95,11 +99,12 @@ def geometry(cfg: MoEConfig, weights: ExpertWeights, backend: str = "triton") ->
         parts.append("bias_float32" if wide else "bias")
     if weights.interleaved:
         parts.append("interleaved")
-    parts += [
-        f"{name}_transposed"
-        for name, tensor in (("w13", weights.w13), ("w2", weights.w2))
-        if tensor.stride(2) != 1 and tensor.shape[2] > 1
-    ]
+    for name, matrix in (("w13", weights.w13), ("w2", weights.w2)):
+        if isinstance(matrix, Int4Matrix):
+            if matrix.permutation is not None:
+                parts.append(f"{name}_permuted")
+        elif matrix.stride(2) != 1 and matrix.shape[2] > 1:
+            parts.append(f"{name}_transposed")
     if backend != "triton":
         parts.append(backend)
     return "-".join(parts)

@@ -12,6 +12,7 @@ import torch
 from moert.arena import Arena, layout
 from moert.backends.base import Backend, Program
 from moert.plan import Choice
+from moert.quantization.int4_layout import Int4Matrix
 from moert.topk import TopK
 from moert.tuning.check import Check, new_call, set_call
 from moert.tuning.measure import (
@@ -23,7 +24,7 @@ from moert.tuning.measure import (
     successive_halving,
 )
 from moert.tuning.probes import Enqueue, Probes, Repeated
-from moert.weights import ExpertWeights
+from moert.weights import ExpertWeights, Matrix
 
 log = logging.getLogger("moert")
 
@@ -48,7 +49,7 @@ class Layer:
     def rotation(self, tokens: int) -> Rotation:
         """How timed calls of `tokens` rows spread over the weights."""
         cfg, weights = self.backend.cfg, self.backend.weights
-        layer_bytes = sum(t.numel() * t.element_size() for t in (weights.w13, weights.w2))
+        layer_bytes = weights.w13.nbytes + weights.w2.nbytes
         hit = distinct_experts(cfg.num_experts, cfg.top_k, tokens) / cfg.num_experts
         cache = cache_bytes(self.backend.facts)
         return plan_rotation(layer_bytes, int(hit * layer_bytes), cache, self.probes.free_bytes())
@@ -265,7 +266,9 @@ class Trial:
 def copied(weights: ExpertWeights) -> ExpertWeights:
     """Copies of the two matrices with the very strides they have, so that the same kernels fit."""
 
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
+    def copy(tensor: Matrix) -> Matrix:
+        if isinstance(tensor, Int4Matrix):
+            return tensor.clone()
         new = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )

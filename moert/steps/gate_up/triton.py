@@ -93,7 +93,7 @@ def gate_up_direct_kernel(
         up = tl.sum(first, 1)
         gate = up
     if b13_ptr is not None:
-        gate, up = _add_bias(
+        gate, up = add_bias(
             gate,
             up,
             b13_ptr + expert.to(tl.int64) * (2 * I if GATED else I),
@@ -107,7 +107,7 @@ def gate_up_direct_kernel(
 
 
 @triton.jit
-def _add_bias(
+def add_bias(
     gate,
     up,
     bias,
@@ -197,7 +197,7 @@ def gate_up_grouped_kernel(
     n = tile_n * BN + tl.arange(0, BN)
     if b13_ptr is not None:
         bias = b13_ptr + expert.to(tl.int64) * (2 * I if GATED else I)
-        gate, up = _add_bias(gate, up, bias, n[None, :], I, GATED, INTERLEAVED)
+        gate, up = add_bias(gate, up, bias, n[None, :], I, GATED, INTERLEAVED)
     h = activate(gate, up, ACTIVATION, GATED, LIMIT, ALPHA)
     rows = (token * K + slot).to(tl.int64)
     mask = live[:, None] & (n < I)[None, :]

@@ -1,0 +1,126 @@
+"""Tile choice for int4 weights: pure functions of (configuration, device facts, T).
+
+Portable kernels everywhere; on NVIDIA the streaming ones too, which win while an expert has few rows
+(`moert/steps/streaming`, with figures). Which serves which bucket is measured; here is where that starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from moert.backends import stream_tiles
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.plan import Choice, Tile
+
+# past this many routed rows a direct plan re-reads weights too often to be worth timing
+DIRECT_ROWS = 64
+
+
+def group_of(cfg: MoEConfig, columns: int) -> int:
+    """Columns of a weight's row that share a scale."""
+    assert cfg.quant is not None
+    size = cfg.quant.group_size
+    return -(-columns // 64) * 64 if size == -1 else size
+
+
+def step_of(group: int, most: int = 128) -> int:
+    """BK: the widest step that lies within one group."""
+    return max(width for width in (16, 32, 64, 128) if group % width == 0 and width <= most)
+
+
+def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
+    """The choice made without measurement: direct up to 64 rows of at most 4 tokens, then sorted."""
+    rows = tokens * cfg.top_k
+    if tokens <= 4 and rows <= DIRECT_ROWS:
+        return next(_direct(cfg, facts))
+    strategy = "one_shot" if rows <= 1024 else "multi_phase"
+    return next(_sorted(cfg, facts, tokens, strategy))
+
+
+def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:
+    """The portable direct pair: right for any number of tokens and any address."""
+    return Choice(
+        "none", _direct_tile(cfg, cfg.hidden_size), _direct_tile(cfg, cfg.intermediate_size)
+    )
+
+
+def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choice:
+    """The same launches on the same arena views, in portable kernels."""
+    if choice.strategy == "none":
+        return replace(direct_choice(cfg, facts), dependent=choice.dependent)
+    assert choice.gate_up is not None
+    bm = choice.gate_up.bm
+    up, down = _tiles(cfg, facts, max(bm, _least_rows(facts)), 4, 4, 2)
+    return replace(choice, gate_up=replace(up, bm=bm), down=replace(down, bm=bm))
+
+
+def candidates(
+    cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategies: Sequence[str]
+) -> list[Choice]:
+    """Choices worth timing, the default first, without repeats."""
+    default = default_choice(cfg, facts, tokens)
+    found = {default: None}
+    rows = tokens * cfg.top_k
+    if "none" in strategies and (rows <= 4 * DIRECT_ROWS or len(strategies) == 1):
+        found |= dict.fromkeys(_direct(cfg, facts))
+    sorts = [s for s in strategies if s != "none"]
+    sorts.sort(key=lambda s: s != default.strategy)
+    for strategy, most in zip(sorts, (None, 3), strict=False):
+        # how rows are sorted and how they are multiplied hardly influence each other
+        found |= dict.fromkeys(list(_sorted(cfg, facts, tokens, strategy))[:most])
+    return list(found)
+
+
+def _direct(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
+    yield from stream_tiles.direct_choices(cfg, facts)
+    yield replace(direct_choice(cfg, facts), dependent=facts.dependent_launch)
+    if facts.dependent_launch:
+        yield direct_choice(cfg, facts)
+
+
+def _direct_tile(cfg: MoEConfig, columns: int) -> Tile:
+    return Tile(1, 16, step_of(group_of(cfg, columns)), 4, 1)
+
+
+def _sorted(cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str) -> Iterator[Choice]:
+    """The likeliest first."""
+    mean = tokens * cfg.top_k / cfg.num_experts
+    if mean <= 24:
+        yield from stream_tiles.grouped_choices(cfg, facts, strategy, mean)
+    sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(_least_rows(facts), 3 * mean)][-3:]
+    sizes.sort(key=lambda bm: abs(bm - max(16.0, 1.5 * mean)))
+    for bm in sizes:
+        for row_tiles, warps, stages in _shapes(bm, facts):
+            up, down = _tiles(cfg, facts, bm, row_tiles, warps, stages)
+            if max(_shared(up), _shared(down)) <= facts.shared_memory or facts.kind == "cpu":
+                yield Choice(strategy, up, down, facts.dependent_launch)
+
+
+def _least_rows(facts: DeviceFacts) -> int:
+    """BM that the matrix instructions take at least."""
+    return 16
+
+
+def _shapes(bm: int, facts: DeviceFacts) -> tuple[tuple[int, int, int], ...]:
+    """Row tiles, warps and stages. Row tiles in fours: `wgmma` takes 64 rows at a time."""
+    if facts.kind != "cuda":
+        return ((4, 4, 2), (8, 4, 2), (8, 8, 2))
+    if bm <= 32:
+        return ((4, 4, 3), (4, 4, 4), (8, 4, 3), (8, 8, 3))
+    return ((4, 4, 3), (8, 8, 3), (8, 4, 3), (16, 8, 3))
+
+
+def _tiles(
+    cfg: MoEConfig, facts: DeviceFacts, bm: int, row_tiles: int, warps: int, stages: int
+) -> tuple[Tile, Tile]:
+    most = 128 if facts.kind == "cuda" else 64
+    steps = (step_of(group_of(cfg, n), most) for n in (cfg.hidden_size, cfg.intermediate_size))
+    up, down = (Tile(bm, row_tiles * 16, step, warps, stages) for step in steps)
+    return up, down
+
+
+def _shared(tile: Tile) -> int:
+    """Bytes of shared memory: stages of codes and of inputs, 16 bits each at least."""
+    return tile.num_stages * tile.bk * (tile.bn // 2 + 2 * tile.bm)

@@ -1,0 +1,94 @@
+"""Launches of the streaming kernels: grids, arguments and the shape they are compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moert.backends.stream_tiles import stream_shape
+from moert.config import MoEConfig
+from moert.launch import Launch
+from moert.plan import Tile
+from moert.quantization.int4_layout import Int4Matrix
+from moert.steps.down.streaming import down_direct_stream_kernel, down_grouped_stream_kernel
+from moert.steps.gate_up.streaming import (
+    gate_up_direct_stream_kernel,
+    gate_up_grouped_stream_kernel,
+)
+from moert.steps.sorting.layout import max_blocks
+from moert.weights import ExpertWeights
+
+
+def gate_up_stream(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    tile: Tile,
+    views: Mapping[str, torch.Tensor],
+    direct: bool,
+) -> Launch:
+    """The gate/up GEMM; views: "h", and those of the sort where there is one."""
+    kernel = gate_up_direct_stream_kernel if direct else gate_up_grouped_stream_kernel
+    constants = {
+        "K": cfg.top_k,
+        "ACTIVATION": cfg.activation,
+        "LIMIT": cfg.activation_limit or 0.0,
+        "ALPHA": cfg.activation_alpha,
+    }
+    args = {"b13_ptr": weights.b13, "h_ptr": views["h"]}
+    return _launch(cfg, weights, tile, views, direct, True, kernel, args, constants)
+
+
+def down_stream(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    tile: Tile,
+    views: Mapping[str, torch.Tensor],
+    direct: bool,
+) -> Launch:
+    """The down GEMM; views as for `gate_up_stream`, and "y"."""
+    kernel = down_direct_stream_kernel if direct else down_grouped_stream_kernel
+    args: dict[str, Any] = {"b2_ptr": weights.b2, "h_ptr": views["h"]}
+    if not direct:
+        args |= {"y_ptr": views["y"], "sorted_weights": views["sorted_weights"]}
+    return _launch(cfg, weights, tile, views, direct, False, kernel, args, {"K": cfg.top_k})
+
+
+def _launch(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    tile: Tile,
+    views: Mapping[str, torch.Tensor],
+    direct: bool,
+    up: bool,
+    kernel: Any,
+    args: dict[str, Any],
+    constants: dict[str, Any],
+) -> Launch:
+    matrix = weights.w13 if up else weights.w2
+    name = "w13_ptr" if up else "w2_ptr"
+    strides = (0, 0)
+    if isinstance(matrix, Int4Matrix):
+        args |= {name: matrix.codes, "scales_ptr": matrix.scales, "zeros_ptr": matrix.zeros}
+    else:
+        args |= {name: matrix, "scales_ptr": None, "zeros_ptr": None}
+        strides = (matrix.stride(0), matrix.stride(1))
+    shape = stream_shape(
+        cfg, tile, up=up, direct=direct, interleaved=weights.interleaved, strides=strides
+    )
+    constants = {**constants, "S": shape}
+    if direct:
+        constants["E"] = cfg.num_experts
+        rows = cfg.top_k if up else 1
+
+        def grid(tokens: int) -> tuple[int, int, int]:
+            return (shape.tiles * tokens * rows, 1, 1)
+    else:
+        args |= {n: views[n] for n in ("sorted_token_ids", "sorted_expert_ids", "num_valid_ids")}
+
+        def grid(tokens: int) -> tuple[int, int, int]:
+            blocks = max_blocks(tokens, cfg.top_k, cfg.num_experts, tile.bm)
+            return (blocks * shape.tiles, 1, 1)
+
+    return Launch(kernel, grid, args, constants, tile.num_warps, 1)

@@ -1,0 +1,200 @@
+"""Choices of the streaming kernels (`moert/steps/streaming`): where they serve, what is worth timing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.plan import Choice, Tile
+from moert.quantization.int4_layout import Int4Matrix
+from moert.steps.streaming.shape import BLOCK, ROWS, StreamShape
+from moert.weights import ExpertWeights
+
+
+def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+    """Why the streaming kernels cannot serve; None where they can."""
+    if facts.kind != "cuda" or int(facts.arch.removeprefix("sm_") or 0) < 80:
+        return (
+            "made of NVIDIA's asynchronous copies and matrix instructions of compute capability 8.0"
+        )
+    if cfg.dtype == "float32":
+        return "16-bit activations only"
+    if cfg.hidden_size % 16 or cfg.intermediate_size % 16:
+        return "rows of x and h are copied 16 bytes at a time: H and I have to be multiples of 16"
+    size = 32 if cfg.quant is None else cfg.quant.group_size
+    if size not in (-1, 32) and size % BLOCK:
+        return "groups of 32 columns or of multiples of 64"
+    return None
+
+
+def readable(weights: ExpertWeights) -> bool:
+    """Whether the weights lie as the streaming kernels copy them."""
+    if isinstance(weights.w13, Int4Matrix):
+        return weights.w13.permutation is None
+    matrices = [m for m in (weights.w13, weights.w2) if isinstance(m, torch.Tensor)]
+    return all(m.stride(2) == 1 and m.stride(0) % 8 == 0 and m.stride(1) % 8 == 0 for m in matrices)
+
+
+def stream_shape(
+    cfg: MoEConfig,
+    tile: Tile,
+    *,
+    up: bool,
+    direct: bool,
+    interleaved: bool = False,
+    strides: tuple[int, int] = (0, 0),
+) -> StreamShape:
+    """What a tile compiles to.
+
+    Args:
+        up: the gate/up GEMM, else the down GEMM.
+        strides: of 16-bit weights between experts and rows, in elements.
+    """
+    reduction, columns = cfg.hidden_size, cfg.intermediate_size
+    if not up:
+        reduction, columns = columns, reduction
+    group = -(-reduction // BLOCK) * BLOCK
+    if cfg.quant is not None and cfg.quant.group_size != -1:
+        group = cfg.quant.group_size
+    return StreamShape(
+        int4=cfg.quant is not None,
+        zeros=cfg.quant is not None and not cfg.quant.symmetric,
+        group=group,
+        reduction=reduction,
+        columns=columns,
+        paired=up and cfg.gated,
+        interleaved=up and cfg.gated and interleaved,
+        w_e=strides[0],
+        w_n=strides[1],
+        bm=tile.bm,
+        row_tiles=tile.bn // ROWS,
+        row_warps=tile.num_warps // tile.split,
+        split=tile.split,
+        blocks=tile.bk // BLOCK,
+        stages=tile.num_stages,
+        repeats=tile.repeats,
+        slots=cfg.top_k if direct and not up else 0,
+    )
+
+
+# row tiles a warp, warps over rows, warps over the reduction, blocks of 64 columns a step, stages, repeats.
+# The first of each list is where the others start from: the two GEMMs hardly influence each other
+_DIRECT_UP = (
+    (2, 1, 4, 2, 3, 1),
+    (1, 1, 4, 2, 3, 1),
+    (2, 1, 4, 2, 4, 1),
+    (1, 1, 8, 2, 3, 1),
+    (2, 1, 8, 2, 3, 1),
+    (1, 2, 2, 2, 4, 1),
+)
+_DIRECT_DOWN = (
+    (1, 1, 8, 2, 4, 1),
+    (1, 1, 8, 2, 3, 1),
+    (2, 1, 8, 2, 4, 1),
+    (2, 1, 8, 2, 3, 1),
+    (4, 1, 4, 2, 4, 1),
+    (2, 1, 16, 2, 3, 1),
+)
+_UP = (
+    (2, 2, 2, 2, 3, 1),
+    (2, 4, 1, 2, 3, 1),
+    (2, 4, 1, 2, 3, 2),
+    (2, 1, 4, 2, 3, 1),
+    (2, 2, 2, 2, 3, 2),
+    (1, 4, 1, 2, 3, 1),
+)
+_DOWN = (
+    (2, 2, 2, 2, 3, 2),
+    (2, 4, 1, 2, 3, 2),
+    (2, 4, 1, 2, 3, 4),
+    (2, 1, 4, 2, 3, 2),
+    (2, 2, 2, 2, 3, 1),
+    (1, 4, 1, 2, 3, 4),
+)
+# 16-bit weights: four times the bytes a step
+_WIDE_DIRECT_UP = (
+    (1, 1, 4, 1, 4, 1),
+    (1, 1, 4, 2, 3, 1),
+    (1, 1, 4, 2, 4, 1),
+    (1, 1, 4, 1, 6, 1),
+    (2, 1, 4, 1, 3, 1),
+)
+_WIDE_DIRECT_DOWN = (
+    (1, 1, 8, 1, 4, 1),
+    (1, 1, 4, 2, 4, 1),
+    (2, 1, 8, 1, 3, 1),
+    (1, 1, 16, 1, 4, 1),
+    (1, 1, 8, 2, 3, 1),
+)
+
+_Shape = tuple[int, int, int, int, int, int]
+
+
+def direct_choices(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
+    """Strategy "none"."""
+    if refuses(cfg, facts) is not None:
+        return
+    lists = (_DIRECT_UP, _DIRECT_DOWN) if cfg.quant else (_WIDE_DIRECT_UP, _WIDE_DIRECT_DOWN)
+    yield from _one_at_a_time(cfg, facts, "none", 8, *lists)
+
+
+def grouped_choices(
+    cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float
+) -> Iterator[Choice]:
+    """Sorted strategies; `mean` rows an expert gets."""
+    if refuses(cfg, facts) is not None:
+        return
+    small, large = (16, 8) if mean > 6 else (8, 16)
+    yield from _one_at_a_time(cfg, facts, strategy, small, _UP, _DOWN)
+    yield from list(_one_at_a_time(cfg, facts, strategy, large, _UP, _DOWN))[:2]
+
+
+def _one_at_a_time(
+    cfg: MoEConfig,
+    facts: DeviceFacts,
+    strategy: str,
+    bm: int,
+    ups: tuple[_Shape, ...],
+    downs: tuple[_Shape, ...],
+) -> Iterator[Choice]:
+    direct, dependent = strategy == "none", facts.dependent_launch
+    sides = []
+    for up, shapes in ((True, ups), (False, downs)):
+        tiles = [_tile(cfg, shape, bm, up) for shape in shapes]
+        sides.append([t for t in dict.fromkeys(tiles) if _fits(cfg, facts, t, up, direct)])
+    if not all(sides):
+        return
+    (first_up, *other_ups), (first_down, *other_downs) = sides
+    yield Choice(strategy, first_up, first_down, dependent)
+    yield from (Choice(strategy, tile, first_down, dependent) for tile in other_ups)
+    yield from (Choice(strategy, first_up, tile, dependent) for tile in other_downs)
+
+
+def _tile(cfg: MoEConfig, shape: _Shape, bm: int, up: bool) -> Tile:
+    row_tiles, row_warps, split, blocks, stages, repeats = shape
+    columns = cfg.hidden_size if up else cfg.intermediate_size
+    if cfg.quant is not None and cfg.quant.group_size != -1 and cfg.quant.group_size % 128:
+        # a step has to lie within a group: fewer bytes, more steps in flight
+        blocks, stages = 1, stages + 1
+    while blocks > 1 and blocks * BLOCK > columns:
+        blocks //= 2
+    return Tile(
+        bm,
+        row_tiles * row_warps * ROWS,
+        blocks * BLOCK,
+        row_warps * split,
+        stages,
+        "stream",
+        split,
+        repeats,
+    )
+
+
+def _fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile, up: bool, direct: bool) -> bool:
+    shape = stream_shape(cfg, tile, up=up, direct=direct)
+    # past a few thousand values a lane the staged inputs no longer fit the registers they pass through
+    held = shape.staged * shape.split * shape.width // (32 * shape.warps) if direct else 0
+    return shape.shared_bytes(direct) <= facts.shared_memory and held <= 128

@@ -1,0 +1,206 @@
+"""Down GEMM as a stream of weights (`moert/steps/streaming`): int4 and 16-bit, NVIDIA.
+
+The portable twins are `down/triton.py` (16-bit) and `down/int4.py`; what is written is the same, up to the
+order of sums, which is fixed here too.
+
+direct: one program per (token, row tiles of w2) goes through the token's experts, warps side by side, and so
+combines without atomics. grouped: one program per (block of BM sorted rows, row tiles); the combine step
+adds up. The routing, or the sort, is older than the gate/up GEMM: weights are asked for before the wait
+for h.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id, load_routing_weight
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.streaming.copies import copy_inputs
+from moert.steps.streaming.stages import add, ask, ask_by_slot, group_sums, one_row, rings, take
+
+
+@gluon.jit
+def _bias(b2_ptr, expert, weight, n, S: gl.constexpr):
+    """weight * b2[expert, n], fp32; zero where the expert is none."""
+    b = gl.load(
+        b2_ptr + expert.to(gl.int64) * S.columns + n,
+        mask=(n < S.columns) & (expert >= 0),
+        other=0.0,
+    )
+    return b.to(gl.float32) * weight
+
+
+@gluon.jit(do_not_specialize=CALL_INTS)
+def down_direct_stream_kernel(
+    ids_ptr,
+    ids_stride,
+    ids_words,
+    weights_f32_ptr,
+    weights_ptr,
+    weights_stride,
+    weights_are_f32,
+    out_ptr,
+    out_stride,
+    num_valid_ptr,
+    num_tokens,
+    pad_zero,
+    h_ptr,
+    w2_ptr,
+    scales_ptr,
+    zeros_ptr,
+    b2_ptr,
+    E: gl.constexpr,
+    K: gl.constexpr,
+    S: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    DTYPE: gl.constexpr = h_ptr.dtype.element_ty
+    weights, scales, zeros = rings(DTYPE, S)
+    hs = gl.allocate_shared_memory(DTYPE, [S.staged, S.split, S.width], S.plain(3))
+    # one for each part of the reduction, as often as there are groups with scales of their own
+    experts = gl.allocate_shared_memory(gl.int32, [S.asked, S.parts * S.split], S.plain(2))
+    factors = gl.allocate_shared_memory(gl.float32, [S.asked, S.parts * S.split], S.plain(2))
+    token = gl.program_id(0) // S.tiles
+    tile = (gl.program_id(0) % S.tiles) * S.row_tiles
+    alive = token < live_tokens(num_tokens, num_valid_ptr)
+    it = gl.arange(0, S.asked, gl.SliceLayout(1, S.table))
+    part = gl.arange(0, S.parts * S.split, gl.SliceLayout(0, S.table)) % S.split
+    slot = (gl.expand_dims(it * S.split, 1) + gl.expand_dims(part, 0)) // S.steps
+    expert = load_expert_id(ids_ptr, ids_stride, ids_words, token, slot, alive & (slot < K), E)
+    experts.store(expert)
+    by_iteration = experts._reinterpret(gl.int32, [S.asked, S.parts * S.split], S.plain(1))
+    for i in gl.static_range(S.stages - 1):
+        ask_by_slot(weights, scales, zeros, i, tile, w2_ptr, scales_ptr, zeros_ptr, by_iteration, S)
+        async_copy.commit_group()
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    if token >= num_tokens:
+        return
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [S.warps], [0])
+    n = tile * 16 + gl.arange(0, S.rows, LINE)
+    out = out_ptr + token.to(gl.int64) * out_stride + n
+    if not alive:
+        gl.store(out, gl.full([S.rows], 0, DTYPE, LINE), mask=(n < S.columns) & (pad_zero != 0))
+        return
+    # the weight of an id that no expert has may be anything, NaN included
+    factor = load_routing_weight(
+        weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, token, slot, expert >= 0
+    )
+    factors.store(factor)
+    it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
+    part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))
+    item = gl.expand_dims(gl.expand_dims(it * S.split, 1) + gl.expand_dims(part, 0), 2)
+    k = gl.arange(0, S.width, gl.SliceLayout(0, gl.SliceLayout(0, S.line)))
+    k = (item % S.steps) * S.width + gl.expand_dims(gl.expand_dims(k, 0), 0)
+    routed = experts.slice(0, S.staged, 0).slice(0, S.split, 1).load(gl.SliceLayout(2, S.line))
+    row = (token * K + item // S.steps).to(gl.int64)
+    mask = (k < S.reduction) & (gl.expand_dims(routed, 2) >= 0)
+    h = gl.load(h_ptr + row * S.reduction + k, mask=mask, other=0.0)
+    hs.store(h)
+    sums = None
+    if S.int4:
+        totals = gl.allocate_shared_memory(gl.float32, [S.staged, S.parts, S.split], S.plain(3))
+        group_sums(h, totals, S)
+        sums = totals._reinterpret(gl.float32, [S.staged * S.parts, S.split], S.plain(1))
+    inputs = hs._reinterpret(DTYPE, [S.staged, S.split, S.width], S.plain(2))
+    factors_by_iteration = factors._reinterpret(
+        gl.float32, [S.asked, S.parts * S.split], S.plain(1)
+    )
+    acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
+    for step in range(S.iterations):
+        async_copy.wait_group(S.stages - 2)
+        taken = take(weights, scales, zeros, step, S)
+        nxt = step + S.stages - 1
+        ask_by_slot(
+            weights, scales, zeros, nxt, tile, w2_ptr, scales_ptr, zeros_ptr, by_iteration, S
+        )
+        async_copy.commit_group()
+        weight = factors_by_iteration.index(step).slice(0, S.split).load(S.acc_parts)
+        x = one_row(inputs.index(step), S)
+        acc = add(acc, taken, x, sums, step, weight, S)
+    # all columns are the same token: their mean is each of them, exactly, for powers of two
+    total = gl.convert_layout(gl.sum(gl.sum(acc, 2), 0) * (1.0 / S.bm), LINE)
+    if b2_ptr is not None:
+        for k_slot in range(K):
+            mine = load_expert_id(ids_ptr, ids_stride, ids_words, token, k_slot, alive, E)
+            its_weight = load_routing_weight(
+                weights_f32_ptr,
+                weights_ptr,
+                weights_stride,
+                weights_are_f32,
+                token,
+                k_slot,
+                mine >= 0,
+            )
+            total += _bias(b2_ptr, mine, its_weight, n, S)
+    gl.store(out, total.to(DTYPE), mask=n < S.columns)
+
+
+@gluon.jit
+def down_grouped_stream_kernel(
+    sorted_token_ids,
+    sorted_weights,
+    sorted_expert_ids,
+    num_valid_ids,
+    h_ptr,
+    w2_ptr,
+    scales_ptr,
+    zeros_ptr,
+    b2_ptr,
+    y_ptr,
+    K: gl.constexpr,
+    S: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    DTYPE: gl.constexpr = h_ptr.dtype.element_ty
+    weights, scales, zeros = rings(DTYPE, S)
+    hs = gl.allocate_shared_memory(DTYPE, [S.stages, S.split, S.bm, S.width], S.swizzled)
+    tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
+    block = gl.program_id(0) // S.tiles
+    if block * S.bm >= gl.load(num_valid_ids):
+        wait_for_predecessor(PDL)
+        let_successor_start(PDL)
+        return
+    expert = gl.load(sorted_expert_ids + block)
+    e64 = expert.to(gl.int64)
+    for i in gl.static_range(S.stages - 1):
+        ask(weights, scales, zeros, i, tile, w2_ptr, scales_ptr, zeros_ptr, e64, S)
+        async_copy.commit_group()
+    sorted_rows = sorted_token_ids + block * S.bm
+    packed = gl.load(
+        sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, gl.SliceLayout(2, S.matrix)))
+    )
+    live = (packed >> 24) < K  # padding slots carry K
+    row = gl.where(live, (packed & 0xFFFFFF) * K + (packed >> 24), 0)
+    h_rows = h_ptr + row.to(gl.int64) * S.reduction
+    packed = gl.load(sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, S.out)))
+    row = (packed & 0xFFFFFF) * K + (packed >> 24)
+    out = gl.expand_dims(y_ptr + row.to(gl.int64) * S.columns, 0)
+    stored = gl.expand_dims((packed >> 24) < K, 0)
+    weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(0, S.out)))
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    for i in gl.static_range(S.stages - 1):
+        copy_inputs(hs.index(i), h_rows, live, i, S)
+        async_copy.commit_group()
+    acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
+    for step in range(S.iterations):
+        async_copy.wait_group(S.stages - 2)
+        taken = take(weights, scales, zeros, step, S)
+        nxt = step + S.stages - 1
+        h = hs.index(step % S.stages).permute((0, 2, 1)).load(S.b)
+        ask(weights, scales, zeros, nxt, tile, w2_ptr, scales_ptr, zeros_ptr, e64, S)
+        copy_inputs(hs.index(nxt % S.stages), h_rows, live, nxt, S)
+        async_copy.commit_group()
+        acc = add(acc, taken, h, None, step, None, S)
+        if step % S.steps == S.steps - 1:
+            y = gl.convert_layout(gl.sum(acc, 0), S.out)
+            first = (tile + (step // S.steps) * S.row_tiles) * 16
+            n = gl.expand_dims(first + gl.arange(0, S.rows, gl.SliceLayout(1, S.out)), 1)
+            if b2_ptr is not None:
+                y += _bias(b2_ptr, expert, 1.0, n, S)
+            y = (y * gl.expand_dims(weight, 0)).to(DTYPE)
+            gl.store(out + n, y, mask=(n < S.columns) & stored)
+            acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)

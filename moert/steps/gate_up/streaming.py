@@ -1,0 +1,184 @@
+"""Gate/up GEMM as a stream of weights (`moert/steps/streaming`): int4 and 16-bit, NVIDIA.
+
+The portable twins are `gate_up/triton.py` (16-bit) and `gate_up/int4.py`; what is written is the same.
+
+direct: one program per (row, row tiles of w13); the row of x is staged whole.
+grouped: one program per (block of BM sorted rows, row tiles), x streamed with the weights.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from moert.steps.activation.triton import activate
+from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.gate_up.triton import add_bias
+from moert.steps.streaming.copies import copy_inputs
+from moert.steps.streaming.stages import add, ask, group_sums, one_row, rings, take
+
+
+@gluon.jit
+def _intermediate(
+    r,
+    expert,
+    tile,
+    b13_ptr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    S: gl.constexpr,
+):
+    """w13 x [rows, bm] from row tile `tile` on -> columns n of h, [rows / 2] where gated, and h [.., bm]."""
+    if S.paired:
+        width: gl.constexpr = S.rows // 2
+        halves = gl.permute(gl.reshape(r, (S.row_tiles, 2, 8, S.bm)), (0, 2, 3, 1))
+        gate, up = gl.split(halves)
+        gate = gl.convert_layout(gl.reshape(gate, (width, S.bm)), S.out)
+        up = gl.convert_layout(gl.reshape(up, (width, S.bm)), S.out)
+        n = tile * 8 + gl.arange(0, width, gl.SliceLayout(1, S.out))
+    else:
+        up = gl.convert_layout(r, S.out)
+        gate = up
+        n = tile * 16 + gl.arange(0, S.rows, gl.SliceLayout(1, S.out))
+    if b13_ptr is not None:
+        bias = b13_ptr + expert.to(gl.int64) * (S.columns * (2 if S.paired else 1))
+        column = gl.expand_dims(n, 1)
+        gate, up = add_bias(gate, up, bias, column, S.columns, S.paired, S.interleaved)
+    return n, activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA)
+
+
+@gluon.jit(do_not_specialize=CALL_INTS)
+def gate_up_direct_stream_kernel(
+    x_ptr,
+    x_stride,
+    ids_ptr,
+    ids_stride,
+    ids_words,
+    num_valid_ptr,
+    num_tokens,
+    w13_ptr,
+    scales_ptr,
+    zeros_ptr,
+    b13_ptr,
+    h_ptr,
+    E: gl.constexpr,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    S: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    DTYPE: gl.constexpr = h_ptr.dtype.element_ty
+    weights, scales, zeros = rings(DTYPE, S)
+    xs = gl.allocate_shared_memory(DTYPE, [S.staged, S.split, S.width], S.plain(3))
+    tile = (gl.program_id(0) % S.tiles) * S.row_tiles
+    row = gl.program_id(0) // S.tiles
+    token, slot = row // K, row % K
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    alive = token < live_tokens(num_tokens, num_valid_ptr)
+    expert = load_expert_id(ids_ptr, ids_stride, ids_words, token, slot, alive, E)
+    if expert < 0:
+        return
+    e64 = expert.to(gl.int64)
+    for i in gl.static_range(S.stages - 1):
+        ask(weights, scales, zeros, i, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
+        async_copy.commit_group()
+    it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
+    part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))
+    k = gl.arange(0, S.width, gl.SliceLayout(0, gl.SliceLayout(0, S.line)))
+    start = (gl.expand_dims(it * S.split, 1) + gl.expand_dims(part, 0)) * S.width
+    k = gl.expand_dims(start, 2) + gl.expand_dims(gl.expand_dims(k, 0), 0)
+    x_row = x_ptr + token.to(gl.int64) * x_stride
+    x = gl.load(x_row + k, mask=k < S.reduction, other=0.0)
+    xs.store(x)
+    sums = None
+    if S.int4:
+        totals = gl.allocate_shared_memory(gl.float32, [S.staged, S.parts, S.split], S.plain(3))
+        group_sums(x, totals, S)
+        sums = totals._reinterpret(gl.float32, [S.staged * S.parts, S.split], S.plain(1))
+    inputs = xs._reinterpret(DTYPE, [S.staged, S.split, S.width], S.plain(2))
+    acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
+    for step in range(S.iterations):
+        async_copy.wait_group(S.stages - 2)
+        taken = take(weights, scales, zeros, step, S)
+        nxt = step + S.stages - 1
+        ask(weights, scales, zeros, nxt, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
+        async_copy.commit_group()
+        acc = add(acc, taken, one_row(inputs.index(step), S), sums, step, None, S)
+    n, h = _intermediate(gl.sum(acc, 0), expert, tile, b13_ptr, ACTIVATION, LIMIT, ALPHA, S)
+    # all columns are the same row: the first is stored
+    column = gl.arange(0, S.bm, gl.SliceLayout(0, S.out))
+    pointers = (
+        h_ptr + row.to(gl.int64) * S.columns + gl.expand_dims(n, 1) + gl.expand_dims(column, 0)
+    )
+    mask = gl.expand_dims(n < S.columns, 1) & gl.expand_dims(column == 0, 0)
+    gl.store(pointers, h.to(DTYPE), mask=mask)
+
+
+@gluon.jit(do_not_specialize=CALL_INTS)
+def gate_up_grouped_stream_kernel(
+    x_ptr,
+    x_stride,
+    sorted_token_ids,
+    sorted_expert_ids,
+    num_valid_ids,
+    w13_ptr,
+    scales_ptr,
+    zeros_ptr,
+    b13_ptr,
+    h_ptr,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    S: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    DTYPE: gl.constexpr = h_ptr.dtype.element_ty
+    weights, scales, zeros = rings(DTYPE, S)
+    xs = gl.allocate_shared_memory(DTYPE, [S.stages, S.split, S.bm, S.width], S.swizzled)
+    tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
+    block = gl.program_id(0) // S.tiles
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    if block * S.bm >= gl.load(num_valid_ids):
+        return
+    expert = gl.load(sorted_expert_ids + block)
+    e64 = expert.to(gl.int64)
+    sorted_rows = sorted_token_ids + block * S.bm
+    packed = gl.load(
+        sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, gl.SliceLayout(2, S.matrix)))
+    )
+    live = (packed >> 24) < K  # padding slots carry K
+    x_rows = x_ptr + gl.where(live, packed & 0xFFFFFF, 0).to(gl.int64) * x_stride
+    for i in gl.static_range(S.stages - 1):
+        ask(weights, scales, zeros, i, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
+        copy_inputs(xs.index(i), x_rows, live, i, S)
+        async_copy.commit_group()
+    packed = gl.load(sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, S.out)))
+    row = (packed & 0xFFFFFF) * K + (packed >> 24)
+    out = gl.expand_dims(h_ptr + row.to(gl.int64) * S.columns, 0)
+    stored = gl.expand_dims((packed >> 24) < K, 0)
+    acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
+    for step in range(S.iterations):
+        async_copy.wait_group(S.stages - 2)
+        taken = take(weights, scales, zeros, step, S)
+        nxt = step + S.stages - 1
+        x = xs.index(step % S.stages).permute((0, 2, 1)).load(S.b)
+        ask(weights, scales, zeros, nxt, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
+        copy_inputs(xs.index(nxt % S.stages), x_rows, live, nxt, S)
+        async_copy.commit_group()
+        acc = add(acc, taken, x, None, step, None, S)
+        if step % S.steps == S.steps - 1:
+            first = tile + (step // S.steps) * S.row_tiles
+            n, h = _intermediate(
+                gl.sum(acc, 0), expert, first, b13_ptr, ACTIVATION, LIMIT, ALPHA, S
+            )
+            mask = gl.expand_dims(n < S.columns, 1) & stored
+            gl.store(out + gl.expand_dims(n, 1), h.to(DTYPE), mask=mask)
+            acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)

@@ -1,0 +1,207 @@
+"""The ring of stages: what is asked for, and what a stage contributes to the accumulators."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from moert.steps.streaming.copies import copy_codes, copy_matrix, copy_values
+from moert.steps.streaming.widen import magic, widen
+
+
+@gluon.jit
+def rings(DTYPE: gl.constexpr, S: gl.constexpr):
+    """Shared memory for S.stages stages of weights, scales and zero points."""
+    if S.int4:
+        blocks: gl.constexpr = S.row_tiles * S.blocks
+        weights = gl.allocate_shared_memory(
+            gl.int32, [S.stages, S.split, blocks, 32, 4], S.plain(4)
+        )
+        scales = gl.allocate_shared_memory(DTYPE, [S.stages, S.parts * S.split, S.rows], S.plain(2))
+        zeros = scales
+        if S.zeros:
+            zeros = gl.allocate_shared_memory(
+                DTYPE, [S.stages, S.parts * S.split, S.rows], S.plain(2)
+            )
+    else:
+        weights = gl.allocate_shared_memory(DTYPE, [S.stages, S.split, S.rows, S.width], S.swizzled)
+        scales = weights
+        zeros = weights
+    return weights, scales, zeros
+
+
+@gluon.jit
+def ask(weights, scales, zeros, it, tile, w_ptr, scales_ptr, zeros_ptr, expert, S: gl.constexpr):
+    """Ask for the weights of iteration `it` of one expert: row tiles from `tile` on, S.steps each."""
+    slot = it % S.stages
+    tile = tile + (it // S.steps) * S.row_tiles
+    inside = it < S.iterations
+    if S.int4:
+        CODES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, S.codes)))
+        first = ((it % S.steps) * S.split + gl.arange(0, S.split, CODES)) * S.blocks
+        live = (first >= 0) & inside
+        copy_codes(weights.index(slot), w_ptr, expert, tile, first, live, S)
+        q = gl.arange(0, S.parts * S.split, gl.SliceLayout(1, S.values))
+        first = ((it % S.steps) * S.split + q % S.split) * S.blocks
+        live = (first >= 0) & inside
+        copy_values(scales.index(slot), scales_ptr, expert, tile, first, live, S)
+        if S.zeros:
+            copy_values(zeros.index(slot), zeros_ptr, expert, tile, first, live, S)
+    else:
+        MATRIX: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, S.matrix))
+        first = ((it % S.steps) * S.split + gl.arange(0, S.split, MATRIX)) * S.blocks
+        live = (first >= 0) & inside
+        copy_matrix(weights.index(slot), w_ptr, expert, tile, first, live, S)
+
+
+@gluon.jit
+def ask_by_slot(
+    weights, scales, zeros, it, tile, w_ptr, scales_ptr, zeros_ptr, experts, S: gl.constexpr
+):
+    """`ask` where a program goes through a token's slots, S.steps parts of a slot at a time.
+
+    Args:
+        experts: [asked, parts * split] int32 in shared memory, the expert of each part; -1 asks for nothing.
+    """
+    slot = it % S.stages
+    if S.int4:
+        CODES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, S.codes)))
+        expert = experts.index(it).slice(0, S.split).load(CODES)
+        first = ((it * S.split + gl.arange(0, S.split, CODES)) % S.steps) * S.blocks
+        copy_codes(weights.index(slot), w_ptr, expert.to(gl.int64), tile, first, expert >= 0, S)
+        VALUES: gl.constexpr = gl.SliceLayout(1, S.values)
+        expert = experts.index(it).load(VALUES)
+        q = gl.arange(0, S.parts * S.split, VALUES)
+        first = ((it * S.split + q % S.split) % S.steps) * S.blocks
+        e64 = expert.to(gl.int64)
+        copy_values(scales.index(slot), scales_ptr, e64, tile, first, expert >= 0, S)
+        if S.zeros:
+            copy_values(zeros.index(slot), zeros_ptr, e64, tile, first, expert >= 0, S)
+    else:
+        MATRIX: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, S.matrix))
+        expert = experts.index(it).slice(0, S.split).load(MATRIX)
+        first = ((it * S.split + gl.arange(0, S.split, MATRIX)) % S.steps) * S.blocks
+        copy_matrix(weights.index(slot), w_ptr, expert.to(gl.int64), tile, first, expert >= 0, S)
+
+
+@gluon.jit
+def _halves(value, COLUMNS: gl.constexpr):
+    """An operand [split, COLUMNS, bm] as its first and second half of columns."""
+    split: gl.constexpr = value.shape[0]
+    width: gl.constexpr = value.shape[2]
+    return gl.split(gl.permute(gl.reshape(value, (split, 2, COLUMNS // 2, width)), (0, 2, 3, 1)))
+
+
+@gluon.jit
+def _scaled(codes, x, scale, zero, total, COLUMNS: gl.constexpr, S: gl.constexpr):
+    """scale * (code - zero point) x, [split, rows, bm] fp32, for columns of one group.
+
+    Args:
+        zero: None takes 8 from every code before the product; else it is taken from the product, with
+        total: the sum of x over the columns, [split, 1, 1], or None to let the matrix unit add them up.
+    """
+    nothing = gl.full([S.split, S.rows, x.shape[2]], 0, gl.float32, S.mma)
+    product = mma_v2(widen(codes, COLUMNS, x.dtype, zero is None, S), x, nothing)
+    if zero is not None:
+        if total is None:
+            ones = gl.full([S.split, S.rows, COLUMNS], 1.0, x.dtype, S.a)
+            total = mma_v2(ones, x, nothing)
+        product = product - zero * total
+    return product * scale
+
+
+@gluon.jit
+def _values(ring, slot, part: gl.constexpr, S: gl.constexpr):
+    """Scales or zero points [split, rows] of one group of a stage, in the activations' dtype."""
+    by_part = ring._reinterpret(ring.dtype, [S.stages * S.parts, S.split, S.rows], S.plain(2))
+    return by_part.index(slot * S.parts + part).load(S.acc_rows)
+
+
+@gluon.jit
+def take(weights, scales, zeros, it, S: gl.constexpr):
+    """A stage in registers, before its place in the ring is given to another: weights, then scales and zero
+    points of its first and last group."""
+    slot = it % S.stages
+    if S.int4:
+        w = weights.index(slot).load(S.codes)
+        scale = _values(scales, slot, 0, S)
+        last_scale = _values(scales, slot, S.parts - 1, S)
+        zero = scale
+        last_zero = scale
+        if S.zeros:
+            zero = _values(zeros, slot, 0, S)
+            last_zero = _values(zeros, slot, S.parts - 1, S)
+    else:
+        w = weights.index(slot).load(S.a)
+        scale = w
+        last_scale = w
+        zero = w
+        last_zero = w
+    return w, scale, last_scale, zero, last_zero
+
+
+@gluon.jit
+def add(acc, taken, x, sums, it, weight, S: gl.constexpr):
+    """acc + w x of iteration `it`, in fp32.
+
+    Args:
+        taken: what `take` gave.
+        x: [split, width, bm], the instruction's second operand.
+        sums: [staged * parts, split] fp32 in shared memory, sums of x over each group; None where x has more
+            rows than one.
+        weight: [split], multiplies what each part contributes; None for 1.
+    """
+    w, scale, last_scale, zero_point, last_zero_point = taken
+    if S.int4:
+        OFFSET: gl.constexpr = magic(x.dtype == gl.float16)
+        words: gl.constexpr = 4 // S.parts
+        codes = gl.reshape(w, (S.split, S.row_tiles, S.blocks, 8, 4, S.parts, words))
+        PARTS: gl.constexpr = S.parts
+        COLUMNS: gl.constexpr = S.width // S.parts
+        for part in gl.static_range(PARTS):
+            if S.parts == 1:
+                mine = gl.reshape(codes, (S.split, S.row_tiles, S.blocks, 8, 4, 4))
+                b = x
+            else:
+                first, second = gl.split(gl.permute(codes, (0, 1, 2, 3, 4, 6, 5)))
+                b_first, b_second = _halves(x, S.width)
+                mine = first if part == 0 else second
+                b = gl.convert_layout(b_first if part == 0 else b_second, S.b, assert_trivial=True)
+            factor = (scale if part == 0 else last_scale).to(gl.float32)
+            if weight is not None:
+                factor = factor * gl.expand_dims(weight, 1)
+            zero = None
+            total = None
+            if S.zeros:
+                zero = (zero_point if part == 0 else last_zero_point).to(gl.float32) + OFFSET
+                zero = gl.expand_dims(zero, 2)
+            if sums is not None:
+                total = sums.index(it * S.parts + part).load(S.acc_parts)
+                total = gl.expand_dims(gl.expand_dims(total, 1), 2)
+                if not S.zeros:
+                    zero = 8.0 + OFFSET
+            acc += _scaled(mine, b, gl.expand_dims(factor, 2), zero, total, COLUMNS, S)
+    elif weight is None:
+        acc = mma_v2(w, x, acc)
+    else:
+        product = mma_v2(w, x, gl.full([S.split, S.rows, x.shape[2]], 0, gl.float32, S.mma))
+        acc += product * gl.expand_dims(gl.expand_dims(weight, 1), 2)
+    return acc
+
+
+@gluon.jit
+def one_row(stage, S: gl.constexpr):
+    """[split, width] of one row in shared memory as the second operand, the same in all its columns."""
+    row = stage.load(gl.SliceLayout(2, S.b))
+    wide = gl.full([S.split, S.width, S.bm], 0, row.dtype, S.b)
+    operand, _ = gl.broadcast(gl.expand_dims(row, 2), wide)
+    return operand
+
+
+@gluon.jit
+def group_sums(x, sums, S: gl.constexpr):
+    """Store the sums of staged inputs [staged, split, width] over each group's columns."""
+    by_part = gl.reshape(x.to(gl.float32), (S.staged, S.split, S.parts, S.width // S.parts))
+    total = gl.permute(gl.sum(by_part, 3), (0, 2, 1))
+    sums.store(total)
