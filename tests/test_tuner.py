@@ -25,9 +25,9 @@ from tuning_fakes import (
 from moert.device import device_facts
 from moert.env import SORT_POLICIES
 from moert.errors import ConfigError, StateError
-from moert.plan import STRATEGIES, Choice
+from moert.plan import STRATEGIES, Choice, Tile
 from moert.tuning import trial as trial_module
-from moert.tuning.tuner import allowed_candidates, plan_buckets, strategies_for
+from moert.tuning.tuner import allowed_candidates, crossed, plan_buckets, strategies_for
 from moert.weights import ExpertWeights
 
 
@@ -41,6 +41,39 @@ def test_the_fastest_wins_and_says_so(tmp_path: Path) -> None:
         assert plan.kernels == ("fake_one_shot",) and plan.fields[0].name == "h"
     # nothing timed is left on the device
     assert probes.repeats and not any(repeated.open for repeated in probes.repeats)
+
+
+A, B, C = (Tile(16, bn, 16) for bn in (16, 32, 64))
+
+
+def test_best_tiles_of_both_gemms_are_timed_together(tmp_path: Path) -> None:
+    # candidates vary one GEMM at a time: no list holds the pair of both winners
+    varied = [Choice("one_shot", A, A), Choice("one_shot", B, A), Choice("one_shot", A, C)]
+    both = Choice("one_shot", B, C)
+    times = {varied[1]: 70.0, varied[2]: 80.0, both: 50.0}
+    plans = tune(tmp_path, FakeProbes(times), FakeBackend(choices=varied))
+    assert {plan.choice for plan in plans} == {both}
+    assert {(plan.us, plan.default_us) for plan in plans} == {(50.0, 100.0)}
+
+
+def test_crossed_pairs_differ_from_the_best_in_tiles_alone() -> None:
+    pairs = {
+        Choice("one_shot", A, A): 3.0,
+        Choice("one_shot", B, A): 1.0,
+        Choice("one_shot", A, C): 2.0,
+    }
+    others = {
+        Choice("multi_phase", C, B): 1.5,
+        Choice("one_shot", Tile(32, 16, 16), B): 1.6,
+        Choice("one_shot", C, B, dependent=True): 1.7,
+    }
+    assert crossed(pairs | others) == [Choice("one_shot", B, C)]
+    assert (
+        crossed({})
+        == crossed({Choice("none"): 1.0})
+        == crossed({Choice("one_shot", A, A): 1.0})
+        == []
+    )
 
 
 @pytest.mark.parametrize(("us", "choice"), [(98.5, DEFAULT), (97.0, FAST)])

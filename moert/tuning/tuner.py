@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -258,7 +258,11 @@ class Tuner:
         if winner is not None and winner.strategy in {choice.strategy for choice in candidates}:
             # the neighbour's winner may be no candidate of this bucket's own list
             candidates = list(dict.fromkeys((*candidates, winner)))
-        stages = iter((0.7, 0.8, 0.9))
+        stages = iter((0.6, 0.7, 0.8, 0.9))
+
+        def tick() -> None:
+            progress.update(number + next(stages, 0.95), f"{tokens} tokens")
+
         try:
             with Trial(layer, tokens, candidates) as trial:
                 if not trial.checkable:
@@ -266,10 +270,9 @@ class Tuner:
                     return None
                 programs = trial.sound(default)
                 medians, cold = trial.times(
-                    programs,
-                    default if default in programs else None,
-                    lambda: progress.update(number + next(stages, 0.95), f"{tokens} tokens"),
+                    programs, default if default in programs else None, tick
                 )
+            medians |= self._cross(layer, tokens, medians, tick)
         except torch.OutOfMemoryError as error:
             log.debug("tuning %d tokens: %r", tokens, error)
             medians, cold = {}, True
@@ -284,3 +287,39 @@ class Tuner:
         record = Record(choice, us, default_us, cold, self._store.made_with)
         self._store.add(tokens, self._policy, record)
         return Decision(choice, "tuned", us, default_us)
+
+    def _cross(
+        self, layer: Layer, tokens: int, medians: dict[Choice, float], tick: Callable[[], None]
+    ) -> dict[Choice, float]:
+        """Times of the best gate/up tiles with the best down tiles, on the scale of `medians`.
+
+        Candidates vary one GEMM at a time; what is best of each was not timed together.
+        """
+        together = crossed(medians)
+        if not together:
+            return {}
+        best = min(medians, key=medians.__getitem__)
+        with Trial(layer, tokens, [best, *together]) as trial:
+            again, _ = trial.times(trial.sound(best), best, tick)
+        if best not in again:
+            return {}
+        scale = medians[best] / again[best]
+        return {choice: us * scale for choice, us in again.items() if choice != best}
+
+
+def crossed(medians: Mapping[Choice, float], most: int = 3) -> list[Choice]:
+    """Untimed pairs of the best gate/up and down tiles of choices that differ in tiles alone."""
+    ranking = sorted(medians, key=medians.__getitem__)
+    if not ranking or ranking[0].gate_up is None or ranking[0].down is None:
+        return []
+    best = ranking[0]
+
+    def frame(choice: Choice) -> tuple[object, ...]:
+        tile = choice.gate_up
+        return (choice.strategy, choice.dependent, None if tile is None else (tile.bm, tile.kernel))
+
+    kin = [choice for choice in ranking if frame(choice) == frame(best)]
+    ups = list(dict.fromkeys(choice.gate_up for choice in kin))[:most]
+    downs = list(dict.fromkeys(choice.down for choice in kin))[:most]
+    pairs = (replace(best, gate_up=up, down=down) for up in ups for down in downs)
+    return [pair for pair in pairs if pair not in medians]
