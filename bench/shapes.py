@@ -26,5 +26,8 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 def in_format(cfg: MoEConfig, name: str) -> MoEConfig:
-    """A shape in a format of FORMATS."""
-    return replace(cfg, **FORMATS[name])
+    """A shape in a format of FORMATS; int4 in groups of 32 where rows are no whole groups of 128."""
+    changed = replace(cfg, **FORMATS[name])
+    if changed.quant is not None and (cfg.hidden_size % 128 or cfg.intermediate_size % 128):
+        changed = replace(changed, quant=replace(changed.quant, group_size=32))
+    return changed

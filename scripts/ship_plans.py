@@ -1,6 +1,6 @@
 """Measures plans on the GPU at hand and writes them where the package ships them from.
 
-    python scripts/ship_plans.py [--shape NAME ...] [--out DIR]
+    python scripts/ship_plans.py [--shape NAME ...] [--format NAME ...] [--out DIR]
 
 Each record is made by the tuner exactly as a user's own start-up makes it, on random weights.
 """
@@ -18,23 +18,26 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from shapes import SHAPES  # noqa: E402
+from shapes import FORMATS, SHAPES, in_format  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--format", nargs="*", choices=list(FORMATS), default=["bfloat16", "int4"])
     parser.add_argument("--out", type=Path, default=ROOT / "moert" / "tuning" / "shipped")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as records:
         os.environ["MOERT_TUNING_DIR"] = records
         from moert import ExpertWeights, MoERuntime
 
-        for name in args.shape:
-            cfg, start = SHAPES[name], time.perf_counter()
+        for name, form in ((n, f) for n in args.shape for f in args.format):
+            cfg, start = in_format(SHAPES[name], form), time.perf_counter()
             weights = ExpertWeights.random(cfg, device="cuda")
             with MoERuntime(cfg, weights, tune="force") as rt:
-                print(f"{name}: {time.perf_counter() - start:.0f} s\n{rt.plan()}", flush=True)
+                print(
+                    f"{name} {form}: {time.perf_counter() - start:.0f} s\n{rt.plan()}", flush=True
+                )
             # copied after every shape: an interruption keeps what there is
             for record in Path(records).rglob("*.json"):
                 target = args.out / record.relative_to(records)

@@ -109,7 +109,7 @@ def _shapes(bm: int, facts: DeviceFacts) -> tuple[tuple[int, int, int], ...]:
         return ((4, 4, 2), (8, 4, 2), (8, 8, 2))
     if bm <= 32:
         return ((4, 4, 3), (4, 4, 4), (8, 4, 3), (8, 8, 3))
-    return ((4, 4, 3), (8, 8, 3), (8, 4, 3), (16, 8, 3))
+    return ((8, 8, 3), (4, 4, 3), (8, 4, 3), (16, 8, 3))
 
 
 def _tiles(

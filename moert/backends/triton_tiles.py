@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moert.backends.stream_tiles import direct_choices
+from moert.backends.stream_tiles import direct_choices, grouped_choices
 from moert.backends.triton_tile_limits import (
     careful_tile,
     direct_fits,
@@ -26,6 +26,8 @@ from moert.plan import Choice, Tile
 
 # past this many routed rows a direct plan re-reads weights too often to be worth timing
 DIRECT_ROWS = 64
+# up to this many rows an expert, 8 tokens a block of weights are enough to stream for
+STREAM_ROWS = 4
 
 
 def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
@@ -144,6 +146,8 @@ def candidates(
         # how rows are sorted and how they are multiplied hardly influence each other: a few tiles tell
         # which sort is faster
         fitting = dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy, most))
+        if most is None and rows <= STREAM_ROWS * cfg.num_experts:
+            fitting |= dict.fromkeys(grouped_choices(cfg, facts, strategy, rows / cfg.num_experts))
         found |= fitting or {_smallest(strategy, facts): None}
     return list(found)
 
