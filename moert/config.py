@@ -7,12 +7,12 @@ expert, S = T*K routed rows, BM/BN/BK tile sizes, bucket B >= T the batch size a
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moert.errors import ConfigError
+from moert.field_checks import build, number, one_of, positive_int, truth
 
 if TYPE_CHECKING:
     import torch
@@ -51,17 +51,17 @@ class Routing:
     scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("routing.scoring", self.scoring, SCORINGS)
-        _one_of("routing.group_score", self.group_score, GROUP_SCORES)
-        _positive_int("routing.num_groups", self.num_groups)
-        _positive_int("routing.top_groups", self.top_groups)
+        one_of("routing.scoring", self.scoring, SCORINGS)
+        one_of("routing.group_score", self.group_score, GROUP_SCORES)
+        positive_int("routing.num_groups", self.num_groups)
+        positive_int("routing.top_groups", self.top_groups)
         if self.top_groups > self.num_groups:
             raise ConfigError(
                 f"routing.top_groups={self.top_groups} exceeds routing.num_groups={self.num_groups}"
             )
-        _truth("routing.renormalize", self.renormalize)
-        _truth("routing.correction_bias", self.correction_bias)
-        scale = _number("routing.scaling_factor", self.scaling_factor, above=0.0)
+        truth("routing.renormalize", self.renormalize)
+        truth("routing.correction_bias", self.correction_bias)
+        scale = number("routing.scaling_factor", self.scaling_factor, above=0.0)
         object.__setattr__(self, "scaling_factor", scale)
 
 
@@ -81,7 +81,7 @@ class Quant:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("quant.format", self.format, QUANT_FORMATS)
+        one_of("quant.format", self.format, QUANT_FORMATS)
         size = self.group_size
         whole = isinstance(size, int) and not isinstance(size, bool)
         if not (whole and (size == -1 or (size > 0 and size % GROUP_MULTIPLE == 0))):
@@ -89,7 +89,7 @@ class Quant:
                 f"quant.group_size={size!r} must be a positive multiple of {GROUP_MULTIPLE}, or -1 for one "
                 "group a row"
             )
-        _truth("quant.symmetric", self.symmetric)
+        truth("quant.symmetric", self.symmetric)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,9 @@ class MoEConfig:
         routing: a `Routing`, or a dict of its fields.
         quant: None, or the `Quant` of the experts' weights, a dict of its fields, or the format alone.
         path: the checkpoint this description was read from; not part of equality.
+        shared_experts: n, experts of size I that every token has besides its K (DeepSeek, GLM-4, Qwen2-MoE),
+            no part of E. One shared expert of size n*I is n of them: the parts of its columns add up.
+        shared_gate: their outputs are weighted by sigmoid(x @ gate) instead of 1 (Qwen2-MoE, Qwen3-Next).
 
     Raises:
         ConfigError: the field, its value and the bound.
@@ -133,21 +136,23 @@ class MoEConfig:
     routing: Routing = field(default_factory=Routing)
     quant: Quant | None = None
     path: str | None = field(default=None, compare=False)
+    shared_experts: int = 0
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
-            _positive_int(name, getattr(self, name))
+            positive_int(name, getattr(self, name))
         if self.top_k > 127:
             raise ConfigError(
                 f"top_k={self.top_k} exceeds 127, the most a packed sort entry can hold"
             )
-        _one_of("activation", self.activation, ACTIVATIONS)
-        _truth("gated", self.gated)
-        _truth("bias", self.bias)
+        one_of("activation", self.activation, ACTIVATIONS)
+        truth("gated", self.gated)
+        truth("bias", self.bias)
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        _one_of("dtype", self.dtype, DTYPES)
+        one_of("dtype", self.dtype, DTYPES)
         if isinstance(self.routing, dict):
-            object.__setattr__(self, "routing", _build(Routing, self.routing, "routing"))
+            object.__setattr__(self, "routing", build(Routing, self.routing, "routing"))
         if not isinstance(self.routing, Routing):
             raise ConfigError(
                 f"routing={self.routing!r} must be a moert.Routing or a dict of its fields"
@@ -155,7 +160,7 @@ class MoEConfig:
         if isinstance(self.quant, str):
             object.__setattr__(self, "quant", Quant(self.quant))
         if isinstance(self.quant, dict):
-            object.__setattr__(self, "quant", _build(Quant, self.quant, "quant"))
+            object.__setattr__(self, "quant", build(Quant, self.quant, "quant"))
         if not (self.quant is None or isinstance(self.quant, Quant)):
             raise ConfigError(
                 f"quant={self.quant!r} must be None, a moert.Quant or a dict of its fields"
@@ -172,15 +177,27 @@ class MoEConfig:
                 f"activation_limit={self.activation_limit} clamps gate and up, but gated=False"
             )
         if self.activation_limit is not None:
-            limit = _number("activation_limit", self.activation_limit, above=0.0)
+            limit = number("activation_limit", self.activation_limit, above=0.0)
             object.__setattr__(self, "activation_limit", limit)
-        alpha = _number("activation_alpha", self.activation_alpha)
+        alpha = number("activation_alpha", self.activation_alpha)
         object.__setattr__(self, "activation_alpha", alpha)
         if isinstance(self.path, os.PathLike):
             object.__setattr__(self, "path", os.fspath(self.path))
         if not (self.path is None or isinstance(self.path, str)):
             raise ConfigError(f"path={self.path!r} must be the directory of a checkpoint, or None")
         self._check_groups()
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        positive_int("shared_experts", self.shared_experts, least=0)
+        truth("shared_gate", self.shared_gate)
+        if self.shared_gate and not self.shared_experts:
+            raise ConfigError("shared_gate=True weighs shared experts, but shared_experts=0")
+        if self.top_k + self.shared_experts > 127:
+            raise ConfigError(
+                f"top_k={self.top_k} and shared_experts={self.shared_experts} exceed 127 together, the most "
+                "a packed sort entry can hold"
+            )
 
     def _check_groups(self) -> None:
         r = self.routing
@@ -212,6 +229,23 @@ class MoEConfig:
             raise ConfigError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
 
     @property
+    def as_launched(self) -> MoEConfig:
+        """The layer as its launches see it: E + n experts of which a token has K + n, the last n always.
+
+        Without shared experts it is the config itself.
+        """
+        if not self.shared_experts:
+            return self
+        return replace(
+            self,
+            num_experts=self.num_experts + self.shared_experts,
+            top_k=self.top_k + self.shared_experts,
+            routing=Routing(),
+            shared_experts=0,
+            shared_gate=False,
+        )
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         import torch
 
@@ -227,7 +261,7 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MoEConfig:
         """Build from moert's own field names; a Hugging Face dict goes through `from_hf`."""
-        cfg: MoEConfig = _build(cls, fields, "config")
+        cfg: MoEConfig = build(cls, fields, "config")
         return cfg
 
     @classmethod
@@ -247,40 +281,3 @@ class MoEConfig:
         from moert.checkpoint.hf_config import config_from_pretrained
 
         return config_from_pretrained(path)
-
-
-def _build(cls: type, fields: dict[str, Any], what: str) -> Any:
-    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"{what}: unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}"
-        )
-    try:
-        return cls(**fields)
-    except TypeError as error:
-        raise ConfigError(f"{what}: {error}") from None
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-
-
-def _positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be an integer >= 1")
-
-
-def _truth(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} must be True or False")
-
-
-def _number(name: str, value: object, above: float = -math.inf) -> float:
-    """The value as a float, so that equal configs have one repr."""
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if math.isfinite(number) and number > above:
-        return float(number)
-    bound = "finite" if above == -math.inf else f"finite and > {above:g}"
-    raise ConfigError(f"{name}={value!r} must be a number, {bound}")

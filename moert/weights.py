@@ -19,6 +19,7 @@ from moert.quantization.experts import (
 )
 from moert.quantization.int4_layout import Int4Matrix
 from moert.quantization.int4_skinny import SkinnyInt4, pack, unpack
+from moert.shared_experts import appended
 from moert.weights_check import check_weights
 
 # up to this many elements `random` draws on the CPU, so that every device gets the same values
@@ -28,7 +29,8 @@ Matrix: TypeAlias = torch.Tensor | Int4Matrix
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
-    """The weights of one layer; letters as in `moert.config`.
+    """The weights of one layer; letters as in `moert.config`. A layer with n shared experts has them behind
+    the routed ones: w13, w2, b13 and b2 are of E + n experts then, the router's tensors of E.
 
     Shapes are logical, strides are free as long as one of a matrix's two dimensions has stride 1: weights
     stored transposed are a strided view. Both matrices may be int4, see `quantize`.
@@ -39,9 +41,10 @@ class ExpertWeights:
         b13: [E, 2I] in w13's order, of the weights' dtype or float32; None for none.
         b2: [E, H], likewise.
         correction_bias: [E] float32, added to the scores for the choice of experts only.
-        router_weight: [E, H], any floating dtype; kept for the caller, the runtime takes logits.
+        router_weight: [E, H], any floating dtype; needed by `forward_block` alone.
         router_bias: [E], likewise.
         interleaved: rows of w13 and b13 alternate gate, up (even = gate).
+        shared_gate: [1, H], any floating dtype: sigmoid(x @ gate) weighs the shared experts.
     """
 
     w13: Matrix
@@ -52,6 +55,7 @@ class ExpertWeights:
     router_weight: torch.Tensor | None = None
     router_bias: torch.Tensor | None = None
     interleaved: bool = False
+    shared_gate: torch.Tensor | None = None
 
     @classmethod
     def from_tensors(
@@ -66,11 +70,15 @@ class ExpertWeights:
         *,
         interleaved: bool = False,
         transposed: bool = False,
+        shared_gate: torch.Tensor | None = None,
     ) -> ExpertWeights:
         """Views of the caller's tensors, never copies; a later in-place change is seen.
 
+        Shared experts are already behind the routed ones, or are put there by `append_shared`.
+
         Args:
-            w13, w2, b13, b2, correction_bias, router_weight, router_bias, interleaved: see the class.
+            w13, w2, b13, b2, correction_bias, router_weight, router_bias, interleaved, shared_gate: see the
+                class.
             transposed: w13 and w2 are given as [E, H, 2I] and [E, I, H].
 
         Raises:
@@ -84,6 +92,7 @@ class ExpertWeights:
             "correction_bias": correction_bias,
             "router_weight": router_weight,
             "router_bias": router_bias,
+            "shared_gate": shared_gate,
         }
         views: dict[str, Any] = {}
         for name, tensor in given.items():
@@ -119,6 +128,7 @@ class ExpertWeights:
             device: where the tensors live.
         """
         experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
+        routed, experts = experts, experts + cfg.shared_experts
         small = experts * (cfg.w13_rows + inner) * hidden <= SAME_EVERYWHERE
         source = torch.device("cpu" if small else device)
         generator = torch.Generator(source).manual_seed(seed)
@@ -136,13 +146,15 @@ class ExpertWeights:
         # a weighted mean over K experts has 1/K of one expert's variance: w2 makes up for it
         w13 = matrix(hidden**-0.5, cfg.w13_rows, hidden, cfg.gated)
         w2 = matrix((cfg.top_k / inner) ** 0.5, hidden, inner, False)
-        others = {"router_weight": normal(hidden**-0.5, experts, hidden)}
+        others = {"router_weight": normal(hidden**-0.5, routed, hidden)}
         if cfg.bias:
             others["b13"] = normal(0.1, experts, cfg.w13_rows)
             others["b2"] = normal(0.1, experts, hidden)
-            others["router_bias"] = normal(0.1, experts)
+            others["router_bias"] = normal(0.1, routed)
         if cfg.routing.correction_bias:
-            others["correction_bias"] = normal(0.1, experts, dtype=torch.float32)
+            others["correction_bias"] = normal(0.1, routed, dtype=torch.float32)
+        if cfg.shared_gate:
+            others["shared_gate"] = normal(hidden**-0.5, 1, hidden)
         made = cls(w13=w13, w2=w2, **dict[str, Any](others))
         if cfg.quant is not None and small:
             made = replace(made, **quantize_layer(w13, w2, made.b13, False, cfg.quant))
@@ -193,6 +205,22 @@ class ExpertWeights:
         quant = Quant(format, group_size, symmetric)
         changed = quantize_layer(self.w13, self.w2, self.b13, self.interleaved, quant)
         return replace(self, **changed)
+
+    def append_shared(
+        self, w13: torch.Tensor, w2: torch.Tensor, gate: torch.Tensor | None = None
+    ) -> ExpertWeights:
+        """The same layer with a shared expert behind the experts it has, as n = ceil(S / I) of size I.
+
+        All experts are in new tensors then: until the old ones are dropped, memory holds both.
+
+        Args:
+            w13: [2S, H], gate rows then up rows ([S, H] without a gate), whatever `interleaved` says.
+            w2: [H, S]. gate: `shared_gate`.
+
+        Raises:
+            WeightsError: shapes that do not fit, or int4 weights.
+        """
+        return replace(self, **appended(self, w13, w2, gate))
 
     @classmethod
     def from_checkpoint(
@@ -292,7 +320,8 @@ class ExpertWeights:
     def check(self, cfg: MoEConfig) -> None:
         """Refuse weights that do not fit the description.
 
-        `correction_bias`, `router_weight` and `router_bias` may be absent: `forward` does not use them.
+        What only routing uses may be absent, as `forward` does not need it: `correction_bias`,
+        `router_weight`, `router_bias`, `shared_gate`.
 
         Raises:
             WeightsError: the tensor, what it is and what is needed.

@@ -22,15 +22,17 @@ def check_weights(weights: ExpertWeights, cfg: MoEConfig) -> None:
     Raises:
         WeightsError: the tensor, what it is and what is needed.
     """
-    experts, hidden, rows = cfg.num_experts, cfg.hidden_size, cfg.w13_rows
+    routed, hidden, rows = cfg.num_experts, cfg.hidden_size, cfg.w13_rows
+    experts = routed + cfg.shared_experts
     shapes = {
         "w13": (experts, rows, hidden),
         "w2": (experts, hidden, cfg.intermediate_size),
         "b13": (experts, rows),
         "b2": (experts, hidden),
-        "correction_bias": (experts,),
-        "router_weight": (experts, hidden),
-        "router_bias": (experts,),
+        "correction_bias": (routed,),
+        "router_weight": (routed, hidden),
+        "router_bias": (routed,),
+        "shared_gate": (1, hidden),
     }
     parts = weights.parts()
     for name, wanted in (("b13", cfg.bias), ("b2", cfg.bias)):
@@ -42,13 +44,16 @@ def check_weights(weights: ExpertWeights, cfg: MoEConfig) -> None:
         raise WeightsError(
             "correction_bias: given, but the config says routing.correction_bias=False"
         )
+    if weights.shared_gate is not None and not cfg.shared_gate:
+        raise WeightsError("shared_gate: given, but the config says shared_gate=False")
     if weights.interleaved and not cfg.gated:
         raise WeightsError(
             "interleaved: True, but the config says gated=False: there are no gate rows"
         )
     for name, part in parts.items():
         if tuple(part.shape) != shapes[name]:
-            raise WeightsError(f"{name}: shape {list(part.shape)}, need {list(shapes[name])}")
+            note = _about_shared(name, cfg)
+            raise WeightsError(f"{name}: shape {list(part.shape)}, need {list(shapes[name])}{note}")
         if part.dtype not in _dtypes_of(name, cfg.torch_dtype):
             needed = " or ".join(str(dtype) for dtype in _dtypes_of(name, cfg.torch_dtype))
             raise WeightsError(f"{name}: dtype {part.dtype}, need {needed}")
@@ -67,6 +72,15 @@ def check_weights(weights: ExpertWeights, cfg: MoEConfig) -> None:
             _check_strides(name, part)
     if weights.interleaved and isinstance(weights.w13, Int4Matrix):
         raise WeightsError("interleaved: True, but int4 weights have gate rows before up rows")
+
+
+def _about_shared(name: str, cfg: MoEConfig) -> str:
+    if not cfg.shared_experts or name not in ("w13", "w2", "b13", "b2"):
+        return ""
+    return (
+        f": {cfg.num_experts} experts and shared_experts={cfg.shared_experts} behind them "
+        "(ExpertWeights.append_shared)"
+    )
 
 
 def _dtypes_of(name: str, dtype: torch.dtype) -> tuple[torch.dtype, ...]:

@@ -19,9 +19,9 @@ import moert
 # from the bottom up: a module imports from its own layer and from those above it in this table. A name
 # stands for a module and all below it, unless a longer name says otherwise.
 LAYERS = {
-    "vocabulary": ("errors", "env", "config", "topk"),
+    "vocabulary": ("errors", "env", "field_checks", "config", "topk"),
     "device": ("device",),
-    "weights": ("checkpoint", "quantization", "weights", "weights_check"),
+    "weights": ("checkpoint", "quantization", "shared_experts", "weights", "weights_check"),
     "plan": ("arena", "call", "tensor_check", "checks", "labels", "plan"),
     "launch": ("steps.call_args", "launch", "graph_nodes"),
     "steps": ("steps",),
