@@ -252,9 +252,20 @@ def sampled_tiles(arch: str) -> list[Variant]:
     return found
 
 
+def sampled_sorts(arch: str) -> list[Variant]:
+    """Where registers are scarcest: many rows at once, tall blocks, experts that are no power of two."""
+    found = []
+    for cfg, bm in ((SMALL, 128), (MoEConfig(60, 4, 2048, 1408), 32)):
+        tile = Tile(bm, 64, 32, 4, 2)
+        choice = Choice("one_shot", tile, tile, KNOWN_DEVICES[arch].dependent_launch)
+        found.append(Variant(arch, Layer(cfg), 1024, choice, 0, True, "sort_one_shot_kernel"))
+    return found
+
+
 @needs_compilers
 def test_what_tuning_may_choose_has_no_problem() -> None:
-    rows = compiled(*(variant for arch in KNOWN_DEVICES for variant in sampled_tiles(arch)))
+    sampled = [v for arch in KNOWN_DEVICES for v in (*sampled_tiles(arch), *sampled_sorts(arch))]
+    rows = compiled(*sampled)
     bad = {
         (v.arch, v.kernel, v.tile, v.aligned, v.layer.cfg): row.problems
         for v, row in rows.items()

@@ -181,16 +181,22 @@ def _one_shot(
 ) -> Launch:
     rows = tokens * top_k
     tile, share = one_shot_tile(rows), one_shot_share(rows)
-    if sizes["BM"] > 64 or (facts.kind == "cuda" and facts.arch != "sm_90"):
-        share = min(share, 8)  # 16 spill: on sm_90 with tall blocks, on sm_80 with BM=32
+    # 64 threads were best on an H200 at 64 rows, 128 at 512, 256 from 1024 on
+    threads = 64 if tile <= 128 else 128 if tile <= 512 else 256
+    options = {}
+    if facts.arch == "sm_90" and sizes["BM"] > 64:
+        share = min(share, 8)  # 16 spill
+    elif facts.kind == "cuda" and facts.arch != "sm_90":
+        # the compiler would rather spill a register or two and have more warps (sm_80, sm_100)
+        options = {"maxnreg": 128}
 
     def grid(rows: int) -> tuple[int, int, int]:
         return max(1, -(-min(rows, tokens) * top_k // share)), 1, 1
 
     constants = {**sizes, "C": tile, "SHARE": share, "ONE_TILE": rows <= tile}
-    # 64 threads were best on an H200 at 64 rows, 128 at 512, 256 from 1024 on
-    threads = 64 if tile <= 128 else 128 if tile <= 512 else 256
-    return Launch(sort_one_shot_kernel, grid, args, constants, _warps(threads, facts))
+    return Launch(
+        sort_one_shot_kernel, grid, args, constants, _warps(threads, facts), options=options
+    )
 
 
 def _warps(threads: int, facts: DeviceFacts) -> int:
