@@ -215,8 +215,7 @@ def test_every_choice(name: str) -> None:
     streams = {k for k in kernels if "stream" in k}
     portable = {k for k in kernels if "int4" in k}
     if torch.version.hip is None:
-        most = 0 if "no stream" in name or "order" in name else 4 if cfg.quant else 2
-        assert len(streams) == most
+        assert len(streams) == (0 if "no stream" in name or "order" in name else 4)
     assert len(portable) == (4 if cfg.quant else 0)
 
 

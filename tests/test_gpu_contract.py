@@ -20,13 +20,14 @@ from gpu_support import (
 )
 
 from moert import InputError, MoERuntime, StateError, TopK
+from moert.config import Quant
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def odd() -> MoERuntime:
-    return runtime(ODD)
+@pytest.fixture(scope="module", params=[None, Quant("int4", 32)], ids=str)
+def odd(request: pytest.FixtureRequest) -> MoERuntime:
+    return runtime(variant(ODD, quant=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,12 @@ def real() -> MoERuntime:
     return runtime(REAL, max_tokens=600, buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int4"])
 @pytest.mark.parametrize("graphs", ["own", "off"])
 def test_every_token_count(dtype: str, graphs: str) -> None:
     """Every T from none to past max_tokens, with stale NaN in scratch, results and graphs' old arguments."""
-    cfg = variant(ODD, dtype=dtype)
+    changes = {"quant": Quant("int4", 64, symmetric=False)} if dtype == "int4" else {"dtype": dtype}
+    cfg = variant(ODD, **changes)
     with runtime(cfg, graphs=graphs) as rt:
         for tokens in [*range(67), 96, 97, 200]:
             case = make_case(cfg, tokens)

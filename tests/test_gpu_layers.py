@@ -7,6 +7,7 @@ import torch
 from gpu_support import DEVICE, ODD, assert_close, make_case, runtime, variant
 
 from moert import ExpertWeights, MoEConfig, MoERuntime, Routing, TopK
+from moert.config import Quant
 from moert.steps.routing.reference import route_reference
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +22,15 @@ KINDS = {
     "all-experts": {"num_experts": 5, "top_k": 5},
     "many-experts": {"num_experts": 300, "top_k": 10},
     "tiny-dims": {"hidden_size": 8, "intermediate_size": 3},
+    "int4": {"quant": Quant("int4", 128), "activation": "swiglu_oai", "bias": True},
+    "int4-ungated-fp16": {
+        "quant": Quant("int4", -1, symmetric=False),
+        "activation": "gelu",
+        "gated": False,
+        "dtype": "float16",
+    },
+    "int4-fp32": {"quant": Quant("int4", 32, symmetric=False), "dtype": "float32"},
+    "int4-tiny-dims": {"quant": Quant("int4", 32), "hidden_size": 8, "intermediate_size": 3},
 }
 
 
