@@ -7,20 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from expert_cases import make_weights, relative_error
-from runtime_cases import NAN, TOLERANCE, Case, make_case
+from gemm_cases import CPU, assert_rows, intermediates, run
+from runtime_cases import TOLERANCE, make_case
 
 from moert import MoEConfig
 from moert.arena import Arena, layout
 from moert.backends.triton import TritonBackend
-from moert.call import Call, call_key
 from moert.device import device_facts
 from moert.plan import Choice, Tile
-from moert.steps.activation import activate_reference
-from moert.steps.experts_reference import experts_reference, split_gate_up
+from moert.steps.experts_reference import experts_reference
 from moert.weights import ExpertWeights
 
-CPU = torch.device("cpu")
-NO_LIMIT = torch.tensor(2**31 - 1, dtype=torch.int32)
 TOKENS = 3
 SMALL, WIDE = Tile(16, 16, 16, 4, 1), Tile(16, 64, 32, 4, 2)
 DIRECT, TALL = Tile(1, 8, 16, 4, 2), Tile(1, 32, 64, 4, 2)
@@ -43,49 +40,6 @@ LAYERS: dict[str, tuple[MoEConfig, str]] = {
     "ungated": (replace(ODD, activation="relu2", gated=False, bias=True), "plain"),
     "tiny": (MoEConfig(2, 1, 1, 1, dtype="float32"), "plain"),
 }
-
-
-def run(backend: TritonBackend, choice: Choice, case: Case) -> dict[str, torch.Tensor]:
-    """The arena's arrays after one call that found them full of NaN and -1."""
-    tokens = case.x.shape[0]
-    fields = backend.fields(tokens, choice)
-    arena = Arena(CPU, layout(fields)[1])
-    arena.poison()
-    views = arena.views(fields)
-    call = Call(NO_LIMIT, 1)
-    call.set(call_key(case.x, case.topk, case.out, None, "keep"), case.x, case.topk, case.out, None)
-    backend.program(tokens, choice, views).run(call, 0)
-    return views
-
-
-def intermediates(
-    cfg: MoEConfig, weights: ExpertWeights, case: Case
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """h [S, I] and y [S, H] in float32, NaN for rows whose id no expert has."""
-    slots = case.x.shape[0] * cfg.top_k
-    h = torch.full((slots, cfg.intermediate_size), NAN)
-    y = torch.full((slots, cfg.hidden_size), NAN)
-    for row, expert in enumerate(case.topk.ids.reshape(-1).tolist()):
-        if not 0 <= expert < cfg.num_experts:
-            continue
-        up = case.x[row // cfg.top_k].float() @ weights.w13[expert].float().T
-        if weights.b13 is not None:
-            up = up + weights.b13[expert].float()
-        gate, up = split_gate_up(up[None], cfg.gated, weights.interleaved)
-        h[row] = activate_reference(gate, up, cfg)[0].to(cfg.torch_dtype)
-        y[row] = h[row] @ weights.w2[expert].float().T
-        if weights.b2 is not None:
-            y[row] += weights.b2[expert].float()
-        y[row] *= case.topk.weights.reshape(-1)[row]
-    return h, y
-
-
-def assert_rows(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Close where there is a row, untouched (still NaN) where there is none."""
-    rows = ~expected.isnan().any(1)
-    assert got[~rows].isnan().all()
-    if rows.any():
-        assert relative_error(got[rows], expected[rows]) < TOLERANCE[got.dtype]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
