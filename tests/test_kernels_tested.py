@@ -27,10 +27,11 @@ from expert_cases import make_weights, relative_error
 from runtime_cases import TOLERANCE, make_case
 
 import moert.backends.triton as triton_backend
-from moert import ExpertWeights, MoEConfig
+from moert import ExpertWeights, MoEConfig, Quant
 from moert.arena import Arena, layout
 from moert.backends.triton import TritonBackend
 from moert.call import Call, call_key
+from moert.cli.absent import absent_weights
 from moert.device import KNOWN_DEVICES, device_facts
 from moert.launch import run_interpreted
 from moert.plan import Choice
@@ -42,7 +43,7 @@ TOKENS = 3
 GPU_ONLY: dict[str, dict[str, str]] = json.loads(
     (ROOT / "tests" / "gpu_only_kernels.json").read_text()
 )
-GEOMETRY = re.compile(r"E(\d+)-K(\d+)-H(\d+)-I(\d+)-(bfloat16|float16|float32)")
+GEOMETRY = re.compile(r"E(\d+)-K(\d+)-H(\d+)-I(\d+)-(bfloat16|float16|float32)(?:-int4_g(\d+))?")
 
 
 def geometries() -> dict[Path, MoEConfig]:
@@ -51,8 +52,9 @@ def geometries() -> dict[Path, MoEConfig]:
     for path in sorted(SHIPPED.rglob("*.json")):
         match = GEOMETRY.fullmatch(path.stem)
         assert match is not None, f"{path.name}: not a geometry that this test can make a layer of"
-        *shape, dtype = match.groups()
-        found[path] = MoEConfig(*map(int, shape), dtype=dtype)
+        *shape, dtype, group = match.groups()
+        quant = None if group is None else Quant("int4", int(group))
+        found[path] = MoEConfig(*map(int, shape), dtype=dtype, quant=quant)
     return found
 
 
@@ -75,18 +77,17 @@ def shipped_device() -> Any:
 @cache
 def kernels_of(cfg: MoEConfig, tokens: int, choice: Choice) -> tuple[str, ...]:
     """What the device runs."""
-    meta: dict[str, Any] = {"dtype": cfg.torch_dtype, "device": "meta"}
-    weights = ExpertWeights(
-        torch.empty(cfg.num_experts, cfg.w13_rows, cfg.hidden_size, **meta),
-        torch.empty(cfg.num_experts, cfg.hidden_size, cfg.intermediate_size, **meta),
-    )
-    return TritonBackend(cfg, weights, shipped_device()).kernels(tokens, choice)
+    return TritonBackend(cfg, absent_weights(cfg), shipped_device()).kernels(tokens, choice)
 
 
-def checked(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def checked(choice: Choice, int4: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels of a layer by this choice, interpreted, its result that of the reference."""
     cfg = MoEConfig(4, 3, 37, 21, dtype="float32")
     weights = make_weights(cfg, "plain")
+    if int4:
+        # the widest step lies within a group, and neither size is a whole number of steps
+        cfg = MoEConfig(4, 3, 200, 72, dtype="float32", quant=Quant("int4", 128))
+        weights = ExpertWeights.random(cfg)
     backend = TritonBackend(cfg, weights, device_facts(CPU))
     if GPU_ONLY.keys() & set(backend.kernels(TOKENS, choice)):
         return []
@@ -112,8 +113,10 @@ def checked(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 def test_every_kernel_of_a_shipped_plan_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     # a dependent launch is one of the same kernel, and the interpreter has no launches to overlap
-    choices = dict.fromkeys(replace(choice, dependent=False) for _, _, choice in records())
-    ran = {kernel for choice in choices for kernel in checked(choice, monkeypatch)}
+    choices = dict.fromkeys(
+        (replace(choice, dependent=False), cfg.quant is not None) for cfg, _, choice in records()
+    )
+    ran = {kernel for choice in choices for kernel in checked(*choice, monkeypatch)}
     named = {kernel for record in records() for kernel in kernels_of(*record)}
     assert len(named) > 5
     assert named - ran - GPU_ONLY.keys() == set()

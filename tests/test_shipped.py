@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 
 import pytest
-import torch
 
-from moert import MoEConfig
+from moert import MoEConfig, Quant
+from moert.backends.int4_tiles import shared_bytes as int4_shared_bytes
+from moert.backends.stream_tiles import stream_shape
 from moert.backends.triton_tiles import shared_bytes
 from moert.build import DEFAULT_BUCKETS, DEFAULT_MAX_TOKENS, plan_sizes
+from moert.cli.absent import absent_weights
 from moert.device import KNOWN_DEVICES
+from moert.plan import Choice
 from moert.share import Options
 from moert.steps.sorting.launches import feasible
 from moert.tuning.store import SHIPPED, Store, geometry
-from moert.weights import ExpertWeights
 
 H200 = KNOWN_DEVICES["sm_90"]
 # E, K, H, I of mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b, deepseek-v3 and minimax-m2.5 on 8 and 4 GPUs,
@@ -30,19 +32,41 @@ SHAPES = [
 OPTIONS = Options(DEFAULT_MAX_TOKENS, DEFAULT_BUCKETS, "own", 0, "auto")
 
 
+FORMATS = (None, Quant("int4", 128))
+
+
 def shipped(cfg: MoEConfig) -> Store:
-    shape = (cfg.num_experts, cfg.w13_rows, cfg.hidden_size)
-    other = (cfg.num_experts, cfg.hidden_size, cfg.intermediate_size)
-    meta = {"dtype": cfg.torch_dtype, "device": "meta"}
-    weights = ExpertWeights(torch.empty(shape, **meta), torch.empty(other, **meta))
-    return Store(H200, geometry(cfg, weights), {}, [(SHIPPED, "shipped")])
+    return Store(H200, geometry(cfg, absent_weights(cfg)), {}, [(SHIPPED, "shipped")])
 
 
+def in_format(shape: tuple[int, int, int, int], quant: Quant | None) -> MoEConfig:
+    """int4 in groups of 32 where rows are no whole groups of 128."""
+    whole = all(columns % 128 == 0 for columns in shape[2:])
+    return MoEConfig(*shape, quant=quant if quant is None or whole else Quant("int4", 32))
+
+
+def holds(choice: Choice, cfg: MoEConfig) -> bool:
+    """Whether the shared memory of the device is enough for both tiles."""
+    for tile, up in ((choice.gate_up, True), (choice.down, False)):
+        assert tile is not None
+        if tile.kernel == "stream":
+            direct = choice.strategy == "none"
+            needed = stream_shape(cfg, tile, up=up, direct=direct).shared_bytes(direct)
+        elif cfg.quant is not None:
+            needed = int4_shared_bytes(tile)
+        else:
+            needed = 0 if choice.strategy == "none" else shared_bytes(tile, cfg, H200)
+        if needed > H200.shared_memory:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=["bfloat16", "int4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_default_runtime_finds_every_bucket(
-    shape: tuple[int, int, int, int], caplog: pytest.LogCaptureFixture
+    shape: tuple[int, int, int, int], quant: Quant | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cfg = MoEConfig(*shape)
+    cfg = in_format(shape, quant)
     with caplog.at_level(logging.WARNING, "moert"):
         store = shipped(cfg)
         found = {tokens: store.find(tokens, 0) for tokens, _ in plan_sizes(OPTIONS)}
@@ -52,8 +76,7 @@ def test_a_default_runtime_finds_every_bucket(
         choice = record.choice
         assert choice.gate_up is not None and choice.down is not None
         assert feasible(choice.strategy, tokens, cfg.num_experts, cfg.top_k, H200) is None
-        if choice.strategy != "none":
-            assert shared_bytes(choice.gate_up, cfg, H200) <= H200.shared_memory
+        assert holds(choice, cfg)
         # the default is only replaced by what is clearly faster
         if record.default_us is not None and record.us != record.default_us:
             assert record.us <= 0.981 * record.default_us
@@ -61,5 +84,5 @@ def test_a_default_runtime_finds_every_bucket(
 
 
 def test_every_file_is_one_of_these() -> None:
-    names = {shipped(MoEConfig(*shape)).path for shape in SHAPES}
+    names = {shipped(in_format(shape, quant)).path for shape in SHAPES for quant in FORMATS}
     assert set(SHIPPED.rglob("*.json")) == names

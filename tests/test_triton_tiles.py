@@ -46,12 +46,13 @@ def check_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> None:
     assert choice.strategy in STRATEGIES
     for tile in (choice.gate_up, choice.down):
         assert tile is not None
-        # blocks and their reductions are powers of two, matrix units take 16 in every direction
-        least = 1 if choice.strategy == "none" else 16
+        # blocks and their reductions are powers of two, matrix units take 16 in every direction; where
+        # tokens are their columns, or on NVIDIA, 8
+        least = 1 if choice.strategy == "none" else 8 if facts.kind == "cuda" else 16
         assert all(is_power_of_two(n) for n in (tile.bm, tile.bn, tile.bk, tile.num_warps))
         assert min(tile.bn, tile.bm) >= least and tile.bk >= 16
         assert tile.num_warps <= 16 and 1 <= tile.num_stages <= 8
-        if choice.strategy != "none":
+        if choice.strategy != "none" and tile.kernel == "tile":
             assert shared_bytes(tile, cfg, facts) <= facts.shared_memory
             # the sort pads to the rows of one, the other reads them
             assert tile.bm == choice.gate_up.bm  # type: ignore[union-attr]

@@ -94,7 +94,7 @@ def _sorted(cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str) -> I
     for bm in sizes:
         for row_tiles, warps, stages in _shapes(bm, facts):
             up, down = _tiles(cfg, facts, bm, row_tiles, warps, stages)
-            if max(_shared(up), _shared(down)) <= facts.shared_memory or facts.kind == "cpu":
+            if max(shared_bytes(up), shared_bytes(down)) <= facts.shared_memory or facts.kind == "cpu":
                 yield Choice(strategy, up, down, facts.dependent_launch)
 
 
@@ -121,6 +121,6 @@ def _tiles(
     return up, down
 
 
-def _shared(tile: Tile) -> int:
+def shared_bytes(tile: Tile) -> int:
     """Bytes of shared memory: stages of codes and of inputs, 16 bits each at least."""
     return tile.num_stages * tile.bk * (tile.bn // 2 + 2 * tile.bm)
