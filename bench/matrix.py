@@ -97,7 +97,8 @@ class Matrix:
 FULL = Matrix(
     formats={
         "bfloat16": tuple(SHAPES),
-        "float16": (USUAL, "gpt-oss-120b"),
+        "int4": tuple(SHAPES),
+        "float16": (USUAL,),
     },
     shapes=SHAPES,
     tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
