@@ -57,7 +57,8 @@ def test_every_candidate_of_the_real_backend_is_right(tokens: int, tmp_path: Pat
         backend, [(tokens, True)], policy=3, probes=probes, store=store_of(backend, tmp_path)
     )
     assert plan.source == "tuned"
-    assert probes.right == len(set(backend.candidates(tokens, ("none",)))) > 3
+    # the best tiles of both GEMMs are tried together besides
+    assert probes.right >= len(set(backend.candidates(tokens, ("none",)))) > 3
 
 
 def gpu_backend(cfg: MoEConfig) -> TritonBackend:
