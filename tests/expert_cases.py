@@ -17,6 +17,9 @@ CFG = MoEConfig(7, 3, 66, 35, dtype="float32")
 def make_weights(cfg: MoEConfig, storage: str = "plain", seed: int = 0) -> ExpertWeights:
     """`storage`: "plain", "transposed", "interleaved", "interleaved-transposed" or "bias-float32"."""
     weights = ExpertWeights.random(cfg, seed)
+    if cfg.quant is not None:
+        assert storage == "plain"
+        return weights
     w13, w2, b13, b2 = weights.w13, weights.w2, weights.b13, weights.b2
     if storage == "bias-float32":
         assert b13 is not None and b2 is not None

@@ -19,16 +19,32 @@ CPU = torch.device("cpu")
 NO_LIMIT = torch.tensor(2**31 - 1, dtype=torch.int32)
 
 
-def run(backend: TritonBackend, choice: Choice, case: Case) -> dict[str, torch.Tensor]:
-    """The arena's arrays after one call that found them full of NaN and -1."""
-    tokens = case.x.shape[0]
-    fields = backend.fields(tokens, choice)
+def run(
+    backend: TritonBackend,
+    choice: Choice,
+    case: Case,
+    *,
+    bucket: int | None = None,
+    live: int | None = None,
+    pad: str = "keep",
+) -> dict[str, torch.Tensor]:
+    """The arena's arrays after one call that found them full of NaN and -1.
+
+    Args:
+        bucket: rows of the plan and its grids; those of the call by default.
+        live: count in a tensor.
+    """
+    bucket = bucket or case.x.shape[0]
+    fields = backend.fields(bucket, choice)
     arena = Arena(CPU, layout(fields)[1])
     arena.poison()
     views = arena.views(fields)
     call = Call(NO_LIMIT, 1)
-    call.set(call_key(case.x, case.topk, case.out, None, "keep"), case.x, case.topk, case.out, None)
-    backend.program(tokens, choice, views).run(call, 0)
+    count = None if live is None else torch.tensor(live, dtype=torch.int32)
+    key = call_key(case.x, case.topk, case.out, count, pad)
+    call.set(key, case.x, case.topk, case.out, count)
+    call.tokens = bucket
+    backend.program(bucket, choice, views).run(call, 0)
     return views
 
 

@@ -10,6 +10,7 @@ import torch
 from expert_cases import make_weights, relative_error
 
 from moert import MoEConfig, MoERuntime, TopK
+from moert.config import Quant
 from moert.steps.experts_reference import experts_reference
 
 BACKENDS = ("torch", "triton")
@@ -130,4 +131,6 @@ LAYERS: dict[str, tuple[MoEConfig, str]] = {
     "one-expert": (MoEConfig(1, 1, 17, 3, dtype="float32"), "plain"),
     "one-wide": (MoEConfig(3, 2, 1, 1, bias=True, dtype="float32"), "plain"),
     "larger-than-a-tile": (MoEConfig(3, 2, 64, 63, dtype="float32"), "plain"),
+    "int4": (replace(CFG, bias=True, quant=Quant("int4", 32, symmetric=False)), "plain"),
+    "int4-half": (replace(CFG, dtype="float16", gated=False, quant=Quant("int4", -1)), "plain"),
 }
