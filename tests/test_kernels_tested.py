@@ -47,7 +47,7 @@ GEOMETRY = re.compile(r"E(\d+)-K(\d+)-H(\d+)-I(\d+)-(bfloat16|float16|float32)(?
 
 
 def geometries() -> dict[Path, MoEConfig]:
-    """The layers of the shipped files; a name with more in it than shapes, dtype and int4 groups needs a case."""
+    """The layers of the shipped files; what else a name has in it needs a case here."""
     found = {}
     for path in sorted(SHIPPED.rglob("*.json")):
         match = GEOMETRY.fullmatch(path.stem)
