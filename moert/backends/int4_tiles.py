@@ -94,7 +94,10 @@ def _sorted(cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str) -> I
     for bm in sizes:
         for row_tiles, warps, stages in _shapes(bm, facts):
             up, down = _tiles(cfg, facts, bm, row_tiles, warps, stages)
-            if max(shared_bytes(up), shared_bytes(down)) <= facts.shared_memory or facts.kind == "cpu":
+            if (
+                max(shared_bytes(up), shared_bytes(down)) <= facts.shared_memory
+                or facts.kind == "cpu"
+            ):
                 yield Choice(strategy, up, down, facts.dependent_launch)
 
 

@@ -1,0 +1,276 @@
+"""Choices of the streaming kernels: what is refused, what fits, what a tile compiles to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moert.backends import int4_tiles, triton_tiles
+from moert.backends.stream_tiles import (
+    direct_choices,
+    grouped_choices,
+    readable,
+    refuses,
+    stream_shape,
+)
+from moert.backends.triton import TritonBackend
+from moert.cli.absent import absent_weights
+from moert.cli.compile_pool import Row, examine_all
+from moert.cli.compile_variants import Layer, Variant
+from moert.config import MoEConfig, Quant
+from moert.device import KNOWN_DEVICES, DeviceFacts, device_facts
+from moert.plan import STRATEGIES, Choice, Tile
+from moert.quantization.int4_layout import Int4Matrix
+from moert.steps.streaming.shape import StreamShape
+from moert.weights import ExpertWeights
+
+H200 = KNOWN_DEVICES["sm_90"]
+INT4 = MoEConfig(128, 8, 2048, 768, quant=Quant("int4", 128))
+# two sizes that are multiples of 16 and of no block
+ODD = replace(INT4, hidden_size=528, intermediate_size=208)
+CONFIGS = {
+    "g128": INT4,
+    "g128, odd": ODD,
+    "g32, zero points": replace(ODD, quant=Quant("int4", 32, symmetric=False)),
+    "g192": replace(ODD, quant=Quant("int4", 192)),
+    "a group a row": replace(ODD, quant=Quant("int4", -1)),
+    "gpt-oss": MoEConfig(128, 4, 2880, 2880, "swiglu_oai", quant=Quant("int4", 32)),
+    "ungated": replace(ODD, gated=False),
+    "narrow": replace(INT4, hidden_size=32, intermediate_size=16),
+    "mixtral": MoEConfig(8, 2, 4096, 14336, quant=Quant("int4", 128)),
+    "16 bits": replace(INT4, quant=None),
+    "16 bits, odd": replace(ODD, quant=None, dtype="float16"),
+}
+
+
+def streams(cfg: MoEConfig, facts: DeviceFacts = H200) -> Iterator[tuple[Tile, bool, bool]]:
+    """(tile, whether of the gate/up GEMM, whether direct) of every choice there is."""
+    found = list(direct_choices(cfg, facts))
+    for strategy in ("one_shot", "multi_phase"):
+        for mean in (0.5, 20):
+            found += grouped_choices(cfg, facts, strategy, mean)
+    for choice in found:
+        assert choice.gate_up is not None and choice.down is not None
+        yield choice.gate_up, True, choice.strategy == "none"
+        yield choice.down, False, choice.strategy == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch", "said"),
+    [
+        ({}, "sm_90", None),
+        ({}, "sm_80", None),
+        ({}, "sm_100", None),
+        ({}, "gfx942", "NVIDIA"),
+        ({"dtype": "float16"}, "sm_90", None),
+        ({"dtype": "float32"}, "sm_90", "16-bit activations"),
+        ({"hidden_size": 2056}, "sm_90", "multiples of 16"),
+        ({"intermediate_size": 200}, "sm_90", "multiples of 16"),
+        ({"quant": None}, "sm_90", None),
+        ({"quant": None, "intermediate_size": 200}, "sm_90", "multiples of 16"),
+        ({"quant": Quant("int4", 32)}, "sm_90", None),
+        ({"quant": Quant("int4", 64, symmetric=False)}, "sm_90", None),
+        ({"quant": Quant("int4", 96)}, "sm_90", "groups of 32"),
+        ({"quant": Quant("int4", -1)}, "sm_90", None),
+    ],
+)
+def test_refused(changes: dict[str, object], arch: str, said: str | None) -> None:
+    cfg, facts = replace(INT4, **changes), KNOWN_DEVICES[arch]
+    reason = refuses(cfg, facts)
+    assert (reason is None) == (said is None)
+    assert said is None or said in str(reason)
+    found = [*direct_choices(cfg, facts), *grouped_choices(cfg, facts, "one_shot", 1.0)]
+    assert bool(found) == (said is None)
+
+
+def test_refused_where_there_is_no_gpu_or_an_old_one() -> None:
+    assert refuses(INT4, device_facts(torch.device("cpu"))) is not None
+    assert refuses(INT4, replace(H200, arch="sm_75")) is not None
+
+
+def test_readable() -> None:
+    """Rows at multiples of 16 bytes; int4 columns in their own order."""
+    weights = absent_weights(INT4)
+    assert readable(weights)
+    assert isinstance(weights.w13, Int4Matrix)
+    order = torch.empty(INT4.num_experts, INT4.hidden_size, dtype=torch.int32, device="meta")
+    assert not readable(replace(weights, w13=replace(weights.w13, permutation=order)))
+    plain = replace(ODD, quant=None)
+    assert readable(absent_weights(plain))
+    assert readable(absent_weights(plain, interleaved=True))
+    assert not readable(absent_weights(plain, transposed=True))
+    w13, w2 = torch.empty(4, 64, 32), torch.empty(4, 32, 32)
+    assert readable(ExpertWeights(w13, w2))
+    wide = torch.empty(4, 32, 36)[:, :, :32]
+    assert not readable(ExpertWeights(w13, wide))
+    assert readable(ExpertWeights(w13, torch.empty(4, 32, 40)[:, :, :32]))
+
+
+def test_only_readable_weights_are_streamed() -> None:
+    """Candidates and the default; what is left is portable."""
+    weights = absent_weights(INT4)
+    assert isinstance(weights.w13, Int4Matrix)
+    order = torch.empty(INT4.num_experts, INT4.hidden_size, dtype=torch.int32, device="meta")
+    ordered = replace(weights, w13=replace(weights.w13, permutation=order))
+    for given, expected in ((weights, True), (ordered, False)):
+        backend = TritonBackend(INT4, given, H200)
+        for tokens in (1, 8, 64, 8192):
+            choices = [backend.default_choice(tokens), *backend.candidates(tokens, STRATEGIES)]
+            kernels = {tile.kernel for c in choices for tile in (c.gate_up, c.down) if tile}
+            assert "tile" in kernels
+            assert ("stream" in kernels) == (expected and tokens < 8192)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_every_tile_fits(name: str, arch: str) -> None:
+    """Shared memory, whole steps within groups, powers of two, no block beyond the row."""
+    cfg, facts, count = CONFIGS[name], KNOWN_DEVICES[arch], 0
+    for tile, up, direct in streams(cfg, facts):
+        shape = stream_shape(cfg, tile, up=up, direct=direct)
+        count += 1
+        assert tile.kernel == "stream" and tile.bm in (8, 16)
+        assert shape.shared_bytes(direct) <= facts.shared_memory
+        assert shape.warps == tile.num_warps <= 16
+        for size in (shape.row_tiles, shape.blocks, shape.split, shape.row_warps, shape.bm):
+            assert size & (size - 1) == 0 and size > 0, tile
+        assert shape.row_tiles % shape.row_warps == 0
+        assert shape.parts in (1, 2)
+        if shape.groups > 1 and shape.int4:
+            assert shape.group % shape.width == 0 or shape.parts * shape.group == shape.width
+        assert shape.blocks == 1 or shape.width <= 2 * shape.reduction
+    assert count >= 10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_block_of_weights_is_read_once(name: str) -> None:
+    """Iterations and parts go over the blocks of a row, of every slot; programs over all row tiles."""
+    cfg = CONFIGS[name]
+    for tile, up, direct in dict.fromkeys(streams(cfg)):
+        shape = stream_shape(cfg, tile, up=up, direct=direct)
+        blocks = list(read_blocks(shape))
+        slots = range(max(1, shape.slots))
+        expected = [
+            (slot, turn, block)
+            for slot in slots
+            for turn in range(shape.repeats)
+            for block in range(shape.row_blocks)
+        ]
+        assert sorted(blocks) == expected
+        rows = shape.tiles * shape.row_tiles * shape.repeats
+        assert rows >= shape.all_tiles > rows - shape.row_tiles * shape.repeats
+        assert shape.staged >= shape.iterations
+        assert shape.asked >= shape.iterations + shape.stages - 1
+
+
+def read_blocks(shape: StreamShape) -> Iterator[tuple[int, int, int]]:
+    """(slot, which of `repeats`, block of 64 columns), as `ask` and `ask_by_slot` have them."""
+    for it in range(shape.iterations):
+        for part in range(shape.split):
+            slot = turn = 0
+            if shape.slots:
+                slot, step = divmod(it * shape.split + part, shape.steps)
+            else:
+                turn, step = divmod(it, shape.steps)
+                step = step * shape.split + part
+            for block in range(step * shape.blocks, (step + 1) * shape.blocks):
+                if slot < max(1, shape.slots) and block < shape.row_blocks:
+                    yield slot, turn, block
+
+
+def test_what_a_tile_compiles_to() -> None:
+    tile = Tile(8, 64, 128, 8, 3, "stream", 4, 2)
+    shape = stream_shape(INT4, tile, up=True, direct=False)
+    assert (shape.row_tiles, shape.row_warps, shape.split, shape.blocks) == (4, 2, 4, 2)
+    assert (shape.reduction, shape.columns, shape.paired) == (2048, 768, True)
+    assert (shape.all_tiles, shape.tiles, shape.row_blocks, shape.groups) == (96, 12, 32, 16)
+    assert (shape.steps, shape.iterations) == (4, 8)  # 32 blocks, 2 for each of 4 parts; twice
+    down = stream_shape(INT4, tile, up=False, direct=True)
+    assert (down.reduction, down.columns, down.paired, down.slots) == (768, 2048, False, 8)
+    assert (down.steps, down.iterations) == (6, 12)  # 12 blocks a slot; 8 slots over 4 parts
+    assert down.all_tiles == 128
+    rows = replace(INT4, quant=Quant("int4", -1, symmetric=False), hidden_size=2000)
+    shape = stream_shape(rows, tile, up=True, direct=True)
+    assert (shape.group, shape.groups, shape.parts, shape.zeros) == (2048, 1, 1, True)
+    fine = stream_shape(
+        replace(INT4, quant=Quant("int4", 32)), replace(tile, bk=64), up=True, direct=True
+    )
+    assert (fine.width, fine.parts) == (64, 2)
+    plain = replace(INT4, quant=None)
+    wide = stream_shape(plain, tile, up=True, direct=True, interleaved=True, strides=(7, 5))
+    assert (wide.int4, wide.interleaved, wide.w_e, wide.w_n) == (False, True, 7, 5)
+    assert wide.shared_bytes(False) > 2 * shape.shared_bytes(False)
+
+
+def test_one_gemm_varies_at_a_time() -> None:
+    for cfg in (INT4, replace(INT4, quant=None)):
+        first, *others = direct_choices(cfg, H200)
+        assert all((c.gate_up == first.gate_up) != (c.down == first.down) for c in others)
+        assert first.dependent
+        assert not any(c.dependent for c in direct_choices(cfg, KNOWN_DEVICES["sm_80"]))
+
+
+def test_rows_an_expert_decide_how_wide_an_instruction_is() -> None:
+    few, many = (next(grouped_choices(INT4, H200, "one_shot", mean)) for mean in (2, 16))
+    assert few.gate_up is not None and many.gate_up is not None
+    assert (few.gate_up.bm, many.gate_up.bm) == (8, 16)
+
+
+def test_streams_are_offered_where_experts_have_few_rows() -> None:
+    def offered(cfg: MoEConfig, tokens: int) -> bool:
+        tiles = int4_tiles if cfg.quant else triton_tiles
+        found = tiles.candidates(cfg, H200, tokens, STRATEGIES)
+        return any(c.gate_up is not None and c.gate_up.kernel == "stream" for c in found)
+
+    assert [offered(INT4, tokens) for tokens in (1, 64, 2048)] == [True, True, False]
+    plain = replace(INT4, quant=None)
+    assert [offered(plain, tokens) for tokens in (1, 64, 2048)] == [True, True, False]
+
+
+def gemms(arch: str, name: str) -> list[Variant]:
+    """The two streams of the first direct choice and of the first sorted one."""
+    cfg = CONFIGS[name]
+    direct = next(direct_choices(cfg, KNOWN_DEVICES[arch]))
+    grouped = next(grouped_choices(cfg, KNOWN_DEVICES[arch], "one_shot", 2.0))
+    return [
+        *variants(arch, cfg, direct, ("gate_up_direct_stream_kernel", "down_direct_stream_kernel")),
+        *variants(
+            *(arch, cfg, grouped),
+            ("", "gate_up_grouped_stream_kernel", "down_grouped_stream_kernel"),
+        ),
+    ]
+
+
+def variants(arch: str, cfg: MoEConfig, choice: Choice, names: tuple[str, ...]) -> list[Variant]:
+    return [
+        Variant(arch, Layer(cfg), 8, choice, index, True, name)
+        for index, name in enumerate(names)
+        if name
+    ]
+
+
+def used(row: Row) -> tuple[int, int]:
+    """Shared memory that the compiled kernel has, and what its shape says."""
+    assert row.resources is not None, row.problems
+    variant = row.variant
+    assert variant.choice is not None
+    up, direct = "gate_up" in variant.kernel, "direct" in variant.kernel
+    tile = variant.choice.gate_up if up else variant.choice.down
+    assert tile is not None
+    shape = stream_shape(variant.layer.cfg, tile, up=up, direct=direct)
+    return row.resources.shared, shape.shared_bytes(direct)
+
+
+def test_shared_memory_is_never_more_than_the_shape_says() -> None:
+    """Of compiled kernels; nor much less, or choices would be refused that fit."""
+    chosen = [*gemms("sm_80", "g32, zero points"), *gemms("sm_90", "16 bits, odd")]
+    rows = list(examine_all(chosen, 2))
+    assert [row.problems for row in rows] == [()] * len(chosen)
+    for row in rows:
+        real, said = used(row)
+        assert real <= said <= 1.5 * real, row.variant
