@@ -13,11 +13,15 @@ from moert.arena import Field
 from moert.plan import STRATEGIES, Choice, Plan, PlanReport, Tile
 
 TILE = Tile(16, 64, 128, 8, 3)
+STREAM = Tile(8, 64, 128, 8, 3, "stream", 4, 2)
 GOOD = Choice("one_shot", TILE, Tile(1, 8, 256)).to_json()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("rest", [(None, None), (TILE, None), (Tile(1, 4, 512), TILE, True)])
+@pytest.mark.parametrize(
+    "rest",
+    [(None, None), (TILE, None), (Tile(1, 4, 512), TILE, True), (STREAM, TILE), (STREAM,) * 2],
+)
 def test_a_choice_survives_json(strategy: str, rest: tuple[Any, ...]) -> None:
     choice = Choice(strategy, *rest)
     assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
@@ -38,9 +42,10 @@ def test_a_choice_survives_json(strategy: str, rest: tuple[Any, ...]) -> None:
         GOOD | {"gate_up": GOOD["gate_up"] | {"bl": 3}},
         *(
             GOOD | {"down": GOOD["down"] | {field: bad}}
-            for field in ("bm", "num_warps", "num_stages")
+            for field in ("bm", "num_warps", "num_stages", "split", "repeats")
             for bad in (0, -4, 2.0, "4", None, True)
         ),
+        *(GOOD | {"down": GOOD["down"] | {"kernel": bad}} for bad in ("streams", "", None, 1)),
         GOOD | {"dependent": 1},
         [],
         None,
@@ -56,6 +61,16 @@ def test_what_is_no_choice_is_refused(data: Any) -> None:
 def test_a_choice_without_launch_options_is_an_older_one() -> None:
     data = {k: v for k, v in GOOD.items() if k != "dependent"}
     assert Choice.from_json(data) == Choice.from_json(GOOD)
+
+
+def test_tiles_without_a_kernel_are_portable_ones() -> None:
+    old = {k: GOOD["gate_up"][k] for k in ("bm", "bn", "bk", "num_warps", "num_stages")}
+    assert Choice.from_json(GOOD | {"gate_up": old}) == Choice.from_json(GOOD)
+    assert Choice.from_json(GOOD | {"gate_up": old}).gate_up == TILE
+
+
+def test_streams_are_told_apart_in_tables() -> None:
+    assert [str(tile) for tile in (TILE, STREAM)] == ["16x64x128/w8s3", "8x64x128/w8s3k4r2 stream"]
 
 
 def make_plan(tokens: int, **changes: Any) -> Plan:
