@@ -10,12 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from moert.backends import stream_tiles
+from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
 
 # past this many routed rows a direct plan re-reads weights too often to be worth timing
 DIRECT_ROWS = 64
+LEAST_ROWS = 16  # BM that all matrix instructions take
+# BM, BN, BK and warps of tiles that spill although their sums are few
+SPILLS = {
+    "sm_80": ((128, 64, 128, 4),),
+    "sm_100": ((32, 64, 128, 4), (32, 128, 128, 8)),
+}
+FLOAT32_ROWS = 32  # BM up to which no product of float32 spills
 
 
 def group_of(cfg: MoEConfig, columns: int) -> int:
@@ -41,9 +49,9 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
 
 def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:
     """The portable direct pair: right for any number of tokens and any address."""
-    return Choice(
-        "none", _direct_tile(cfg, cfg.hidden_size), _direct_tile(cfg, cfg.intermediate_size)
-    )
+    sizes = (cfg.hidden_size, cfg.intermediate_size)
+    up, down = (_direct_tile(cfg, facts, columns) for columns in sizes)
+    return Choice("none", up, down)
 
 
 def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choice:
@@ -52,8 +60,10 @@ def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choi
         return replace(direct_choice(cfg, facts), dependent=choice.dependent)
     assert choice.gate_up is not None
     bm = choice.gate_up.bm
-    up, down = _tiles(cfg, facts, max(bm, _least_rows(facts)), 4, 4, 2)
-    return replace(choice, gate_up=replace(up, bm=bm), down=replace(down, bm=bm))
+    # inputs that may lie anywhere are loaded one by one, and take more registers
+    warps = 4 if bm <= 32 and cfg.dtype != "float32" else 8
+    up, down = _tiles(cfg, facts, bm, 4, warps, 1 if bm < LEAST_ROWS else 2, most=32)
+    return replace(choice, gate_up=up, down=down)
 
 
 def candidates(
@@ -80,8 +90,13 @@ def _direct(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
         yield direct_choice(cfg, facts)
 
 
-def _direct_tile(cfg: MoEConfig, columns: int) -> Tile:
-    return Tile(1, 16, step_of(group_of(cfg, columns)), 4, 1)
+def _direct_tile(cfg: MoEConfig, facts: DeviceFacts, columns: int) -> Tile:
+    step = step_of(group_of(cfg, columns))
+    if facts.kind != "hip":
+        return Tile(1, 16, step, 4, 1)
+    # a wave reads as many bytes a lane as a step has: 16 from 64 columns on
+    row_tiles = max(1, facts.warp_size // (32 * max(1, step // 64)))
+    return Tile(1, 16 * row_tiles, step, 1, 1)
 
 
 def _sorted(cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str) -> Iterator[Choice]:
@@ -89,39 +104,59 @@ def _sorted(cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str) -> I
     mean = tokens * cfg.top_k / cfg.num_experts
     if mean <= 24:
         yield from stream_tiles.grouped_choices(cfg, facts, strategy, mean)
-    sizes = [bm for bm in (16, 32, 64, 128) if bm <= max(_least_rows(facts), 3 * mean)][-3:]
+    tallest = max(LEAST_ROWS, 3 * mean) if cfg.dtype != "float32" else FLOAT32_ROWS
+    sizes = [bm for bm in (16, 32, 64, 128) if bm <= tallest][-3:]
     sizes.sort(key=lambda bm: abs(bm - max(16.0, 1.5 * mean)))
     for bm in sizes:
-        for row_tiles, warps, stages in _shapes(bm, facts):
+        for row_tiles, warps, stages in _shapes(bm, cfg, facts):
             up, down = _tiles(cfg, facts, bm, row_tiles, warps, stages)
-            if (
-                max(shared_bytes(up), shared_bytes(down)) <= facts.shared_memory
-                or facts.kind == "cpu"
-            ):
+            if all(_fits(tile, facts) for tile in (up, down)):
                 yield Choice(strategy, up, down, facts.dependent_launch)
 
 
-def _least_rows(facts: DeviceFacts) -> int:
-    """BM that the matrix instructions take at least."""
-    return 16
-
-
-def _shapes(bm: int, facts: DeviceFacts) -> tuple[tuple[int, int, int], ...]:
+def _shapes(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> tuple[tuple[int, int, int], ...]:
     """Row tiles, warps and stages. Row tiles in fours: `wgmma` takes 64 rows at a time."""
+    if cfg.dtype == "float32":
+        return ((4, 8 if facts.kind == "cuda" else 4, 2),)
+    if is_rdna(facts):
+        return ((4, 4, 2), (8, 8, 2), (8, 4, 2), (4, 8, 2))
     if facts.kind != "cuda":
-        return ((4, 4, 2), (8, 4, 2), (8, 8, 2))
+        # 16 bytes of codes a lane of 64
+        return ((8, 4, 2), (4, 2, 2))
     if bm <= 32:
         return ((4, 4, 3), (4, 4, 4), (8, 4, 3), (8, 8, 3))
     return ((8, 8, 3), (4, 4, 3), (8, 4, 3), (16, 8, 3))
 
 
 def _tiles(
-    cfg: MoEConfig, facts: DeviceFacts, bm: int, row_tiles: int, warps: int, stages: int
+    cfg: MoEConfig,
+    facts: DeviceFacts,
+    bm: int,
+    row_tiles: int,
+    warps: int,
+    stages: int,
+    most: int = 128,
 ) -> tuple[Tile, Tile]:
-    most = 128 if facts.kind == "cuda" else 64
+    if cfg.dtype == "float32":
+        most = min(most, 32)
+    elif facts.kind != "cuda":
+        most = min(most, 64)
     steps = (step_of(group_of(cfg, n), most) for n in (cfg.hidden_size, cfg.intermediate_size))
     up, down = (Tile(bm, row_tiles * 16, step, warps, stages) for step in steps)
     return up, down
+
+
+def _fits(tile: Tile, facts: DeviceFacts) -> bool:
+    """Whether a device has the shared memory, and the registers: what compiling for each of them told."""
+    if facts.kind == "cpu":
+        return True
+    if shared_bytes(tile) > facts.shared_memory:
+        return False
+    if (tile.bm, tile.bn, tile.bk, tile.num_warps) in SPILLS.get(facts.arch, ()):
+        return False
+    # the product of a group lies beside the sum
+    sums = tile.bm * tile.bn // (tile.num_warps * facts.warp_size)
+    return sums <= (32 if is_rdna(facts) else 64)
 
 
 def shared_bytes(tile: Tile) -> int:

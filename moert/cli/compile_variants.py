@@ -19,7 +19,7 @@ from moert.device import KNOWN_DEVICES
 from moert.env import SORT_POLICIES
 from moert.errors import ConfigError
 from moert.launch import Launch, compile_launch, signature
-from moert.plan import STRATEGIES, Choice
+from moert.plan import STRATEGIES, Choice, Tile
 from moert.steps.checked_rows.launches import checked_rows_launch, clear_live_rows_launch
 from moert.steps.routing.triton import routing_launch
 from moert.tuning.store import SHIPPED, Store, geometry
@@ -92,11 +92,17 @@ class Variant:
         """The tile or the sorting strategy, whichever decided how the kernel is made."""
         if self.kernel == ROUTING:
             return str(LOGITS_DTYPES[self.index]).removeprefix("torch.")
+        tile = self.gemm_tile
+        return "-" if tile is None else str(tile)
+
+    @property
+    def gemm_tile(self) -> Tile | None:
+        """What a GEMM of the plan is tiled by; None for other kernels."""
         if self.choice is None or not self.kernel.startswith(("gate_up", "down")):
-            return "-"
+            return None
         backend = self.layer.backend(self.arch)
         choice = self.choice if self.aligned else backend.unaligned(self.choice)
-        return str(choice.gate_up if self.kernel.startswith("gate_up") else choice.down)
+        return choice.gate_up if self.kernel.startswith("gate_up") else choice.down
 
     @property
     def needs_matrix(self) -> bool:
@@ -106,11 +112,17 @@ class Variant:
     def needs_wide(self) -> bool:
         """Weights are read 16 bytes a lane, where their rows begin at multiples of 16 bytes.
 
-        Rows of up to 64 elements are too short for every lane of a workgroup to have as much.
+        Rows of up to 64 elements are too short for every lane of a workgroup to have as much. int4 codes of a
+        step are whole words of 16 bytes from 64 columns on; a tile may have fewer of them than lanes.
         """
         if not self.kernel.startswith(("gate_up", "down")) or self.layer.layout == "transposed":
             return False
         cfg = self.layer.cfg
+        if cfg.quant is not None:
+            tile = self.gemm_tile
+            assert tile is not None
+            lanes = tile.num_warps * KNOWN_DEVICES[self.arch].warp_size
+            return tile.bk >= 64 and tile.bn * tile.bk // 2 >= 16 * lanes
         size = cfg.hidden_size if self.kernel.startswith("gate_up") else cfg.intermediate_size
         return size > 64 and size * cfg.torch_dtype.itemsize % 16 == 0
 
