@@ -146,24 +146,25 @@ def _build(
     facts = device_facts(place)
     refuse_inside_capture(place, "MoERuntime")
     # whatever can be refused is, before a checkpoint is read
+    launched = cfg.as_launched
     if share is not None:
         kind, notes, other = share.kind, share.notes, None
         weights = _weights(cfg, weights, layer, place)
         group = share.group
     else:
         name = _wish(wishes.pop("backend"), env.backend, "auto")
-        kind, notes = select_backend(name, cfg, facts)
+        kind, notes = select_backend(name, launched, facts)
         options = plan_options(env, place, **wishes)
         other = None
         if name == "auto":
-            other = rival(kind, cfg, facts, graphs=options.graphs, tune=options.tune)
+            other = rival(kind, launched, facts, graphs=options.graphs, tune=options.tune)
         if options.graphs == "own" and not kind.uses_graphs:
             options = replace(options, graphs="host")
         weights = _weights(cfg, weights, layer, place)
         group = ShareGroup(cfg, place, facts, options)
     device_of = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
     with device_of:
-        return _assemble(group, kind(cfg, weights, facts), weights, notes, env, other)
+        return _assemble(group, kind(launched, weights, facts), weights, notes, env, other)
 
 
 def _assemble(
@@ -181,6 +182,8 @@ def _assemble(
             backend, group.plans, said = contest(backend, other, lambda b: _plans(group, b, env))
             notes = (*notes, *said)
             group.make_arenas()
+            if weights.router_weight is not None or group.described.shared_experts:
+                group.make_block(backend)
             group.labels.prepare(group.plans)
         executor: Any
         if group.device.type == "cuda":
@@ -260,9 +263,9 @@ def _check_share(cfg: MoEConfig, share: Built, given: dict[str, Any]) -> None:
         raise ConfigError(
             f"share: {', '.join(set_anyway)} come(s) from the shared runtime and cannot be given again"
         )
-    if cfg != share.group.cfg:
+    if cfg != share.group.described:
         raise ConfigError(
-            f"share: config {cfg} differs from the shared runtime's {share.group.cfg}"
+            f"share: config {cfg} differs from the shared runtime's {share.group.described}"
         )
 
 

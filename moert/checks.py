@@ -19,12 +19,12 @@ def check_forward(
     cfg: MoEConfig,
     device: torch.device,
     x: torch.Tensor,
-    topk: TopK,
+    topk: TopK | None,
     out: torch.Tensor,
     num_valid: torch.Tensor | None,
     pad: str,
 ) -> None:
-    """Everything `MoERuntime.forward` needs of its arguments.
+    """Everything `MoERuntime.forward`, or `forward_block` without a topk, needs of its arguments.
 
     Raises:
         InputError: x, out not [T, H] of the model's dtype; topk not [T, K]; another device; an inner
@@ -35,11 +35,14 @@ def check_forward(
     weights, wide, narrow = (torch.float32, dtype), (tokens, cfg.hidden_size), (tokens, cfg.top_k)
     check_tensor("x", x, (dtype,), device, wide, gradients=False)
     check_tensor("out", out, (dtype,), device, wide, gradients=False)
-    check_tensor("topk.ids", topk.ids, ID_DTYPES, device, narrow, gradients=False)
-    check_tensor("topk.weights", topk.weights, weights, device, narrow, gradients=False)
+    inputs = [("x", x)]
+    if topk is not None:
+        check_tensor("topk.ids", topk.ids, ID_DTYPES, device, narrow, gradients=False)
+        check_tensor("topk.weights", topk.weights, weights, device, narrow, gradients=False)
+        inputs += [("topk.ids", topk.ids), ("topk.weights", topk.weights)]
     if tokens > 1 and out.stride(0) < cfg.hidden_size:
         raise InputError(f"out: got row stride {out.stride(0)}, need at least H={cfg.hidden_size}")
-    for name, tensor in (("x", x), ("topk.ids", topk.ids), ("topk.weights", topk.weights)):
+    for name, tensor in inputs:
         if tokens and overlap(out, tensor):
             raise InputError(f"out: overlaps {name} in memory, need a buffer of its own")
     if num_valid is not None:

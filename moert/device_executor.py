@@ -15,7 +15,7 @@ from moert.capture import StartUpRows, capture_plans
 from moert.checks import check_forward, plainly_fine
 from moert.errors import StateError
 from moert.graphs import CapturedPlan
-from moert.host_executor import layer_router
+from moert.host_executor import layer_block, layer_router
 from moert.labels import profiling
 from moert.plan import Plan
 from moert.share import ShareGroup
@@ -48,6 +48,8 @@ class DeviceExecutor:
             self._foreign = [self._program(plan, group.capture_arena) for plan in inside]
             self._foreign_unaligned = self._program(inside[-1], group.capture_arena, aligned=False)
         self._router = layer_router(group, backend)
+        self._block = layer_block(group, backend, group.block)
+        self._foreign_block = layer_block(group, backend, group.captured_block)
         self._graphs: list[CapturedPlan | None] = [None] * len(group.plans)
         self._slot_of = [0] + [
             bisect_left(self._limits, t) for t in range(1, group.options.max_tokens + 1)
@@ -118,6 +120,34 @@ class DeviceExecutor:
         if self._order.record_each:
             self._order.record()
         self.counts["replays"] += 1
+
+    def fill_slots(
+        self,
+        key: Key,
+        x: torch.Tensor,
+        topk: TopK,
+        out: torch.Tensor,
+        num_valid: torch.Tensor | None,
+        routed: bool,
+        capturing: bool,
+    ) -> None:
+        """Enqueue what fills the slots that a `run` right after it reads; the group's lock is held.
+
+        Args:
+            key: the `call_key` of these tensors, which have been checked, of 1..max_tokens rows.
+            topk: the caller's routing of K slots, if `routed`, else anything.
+            routed: the slots are taken from `topk`; else they are routed here.
+        """
+        raw = self._current_stream(self._index)
+        if not capturing and raw != self._order.last_raw:
+            self._order.switch(raw)
+        steps = self._foreign_block if capturing else self._block
+        assert steps is not None
+        self._call.set(key, x, topk, out, num_valid)
+        try:
+            (steps.take if routed else steps.route)(self._call, raw, self.group.labels)
+        finally:
+            self._call.release()
 
     def rows_left(self, num_valid: torch.Tensor, start: int) -> torch.Tensor:
         """The live count of the rows from `start` on, after what other streams still read of the last one."""
@@ -235,3 +265,4 @@ class DeviceExecutor:
         self._graphs, self._programs, self._foreign = [], [], []
         # every program keeps its arena alive
         del self._unaligned, self._foreign_unaligned, self._router, self.backend
+        del self._block, self._foreign_block

@@ -6,7 +6,8 @@ from bisect import bisect_left
 
 import torch
 
-from moert.backends.base import Backend, Router
+from moert.backends.base import Backend, BlockSteps, Router
+from moert.block_rows import BlockRows
 from moert.call import Key
 from moert.checks import check_forward
 from moert.labels import profiling
@@ -16,9 +17,17 @@ from moert.topk import TopK
 
 def layer_router(group: ShareGroup, backend: Backend) -> Router | None:
     """The routing step of a layer; a shard of fewer than K experts has none."""
-    if not group.cfg.can_route:
+    cfg = group.described
+    if not cfg.can_route:
         return None
-    return backend.router(group.options.max_tokens, group.call.no_limit, group.kernel_cache)
+    return backend.router(cfg, group.options.max_tokens, group.call.no_limit, group.kernel_cache)
+
+
+def layer_block(group: ShareGroup, backend: Backend, block: BlockRows | None) -> BlockSteps | None:
+    """The steps before this layer's experts on the group's rows; None where the group has none."""
+    if block is None:
+        return None
+    return backend.block_steps(group.described, block.rows, block.views, group.kernel_cache)
 
 
 class HostExecutor:
@@ -30,6 +39,7 @@ class HostExecutor:
         arena = group.arena
         assert arena is not None
         self._router = layer_router(group, backend)
+        self._block = layer_block(group, backend, group.block)
         self._limits = [plan.tokens for plan in group.plans]
         self._programs = [
             backend.program(
@@ -84,6 +94,25 @@ class HostExecutor:
         else:
             self._router.run(logits, out, num_valid, 0)
 
+    def fill_slots(
+        self,
+        key: Key,
+        x: torch.Tensor,
+        topk: TopK,
+        out: torch.Tensor,
+        num_valid: torch.Tensor | None,
+        routed: bool,
+        capturing: bool,
+    ) -> None:
+        """Fill the group's slots for a checked call; arguments as for `DeviceExecutor.fill_slots`."""
+        group, steps = self.group, self._block
+        assert steps is not None
+        group.call.set(key, x, topk, out, num_valid)
+        try:
+            (steps.take if routed else steps.route)(group.call, 0, group.labels)
+        finally:
+            group.call.release()
+
     def close(self) -> None:
         self._programs = []
-        del self._router
+        del self._router, self._block

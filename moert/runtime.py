@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moert.build import build, resolve_config
+from moert.build import Built, build, resolve_config
 from moert.call_flow import CallFlow
 from moert.checks import check_logits, check_num_valid
 from moert.config import MoEConfig
@@ -75,7 +75,9 @@ class MoERuntime(CallFlow):
             tune=tune,
             share=None if share is None else share._built,
         )
-        self._unroutable = self._why_not_route(built.weights)
+        self._unroutable = self._why_not_route("route", built.weights)
+        self._no_block = self._why_not_block(built)
+        self._fills_slots = bool(self.cfg.shared_experts)
         # calls leave the caller's current device alone; with one GPU there is nothing to switch
         self._switch_device = built.group.device.type == "cuda" and torch.cuda.device_count() > 1
         self._begin(built)
@@ -89,7 +91,11 @@ class MoERuntime(CallFlow):
         num_valid: torch.Tensor | None = None,
         pad: str = "keep",
     ) -> torch.Tensor:
-        """The experts' output of T tokens, enqueued on the current stream of the runtime's device.
+        """The routed experts' output of T tokens, enqueued on the current stream of the runtime's device.
+
+        Shared experts are not in it: those who route on their own usually add them on their own, too;
+        `forward_block` is for the sum. A layer that has them is launched with n slots of nobody a token; a
+        config with shared_experts=0 does without them.
 
         Same tensors, same bits, every time. On a GPU, addresses that are not multiples of 16 bytes, and row
         strides that are not multiples of 16 elements though H is, take the plan of the largest T, kernel by
@@ -115,12 +121,49 @@ class MoERuntime(CallFlow):
             self._usable("forward")
         if type(topk) is not TopK:
             topk = as_topk(topk)
+        call = self._forward_block if self._fills_slots else self._forward
         if self._switch_device and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self._forward(x, topk, out, num_valid, pad)
-        return self._forward(x, topk, out, num_valid, pad)
+                return call(x, topk, out, num_valid, pad)
+        return call(x, topk, out, num_valid, pad)
 
     __call__ = forward
+
+    def forward_block(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor | None = None,
+        *,
+        num_valid: torch.Tensor | None = None,
+        pad: str = "keep",
+    ) -> torch.Tensor:
+        """The whole block: router (logits in float32), routing rule, routed and shared experts.
+
+        As `forward` otherwise. Ahead of the kernels that `plan()` names, two are launched one by one: router
+        logits and routing.
+
+        Args:
+            x: [T, H] of the model's dtype, unit inner stride.
+            out, num_valid, pad: see `forward`.
+
+        Returns:
+            out, or the runtime's own buffer, [T, H].
+
+        Raises:
+            InputError: an argument does not fit; nothing was launched or changed.
+            WeightsError: the weights have no router_weight, or lack the correction bias or the shared gate
+                that the config tells of.
+            UnsupportedError: there are fewer than K experts here.
+            StateError: closed, forked, or inside a capture that it cannot join.
+        """
+        self._usable("forward_block")
+        if self._no_block is not None:
+            kind, reason = self._no_block
+            raise kind(reason)
+        if self._switch_device and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self._forward_block(x, None, out, num_valid, pad)
+        return self._forward_block(x, None, out, num_valid, pad)
 
     def route(self, router_logits: torch.Tensor, *, num_valid: torch.Tensor | None = None) -> TopK:
         """Expert ids and weights by the config's routing rule.
@@ -156,11 +199,25 @@ class MoERuntime(CallFlow):
                 return self._route(router_logits, num_valid)
         return self._route(router_logits, num_valid)
 
-    def _why_not_route(self, weights: ExpertWeights) -> tuple[type[MoertError], str] | None:
+    def _why_not_block(self, built: Built) -> tuple[type[MoertError], str] | None:
+        weights = built.weights
+        if weights.router_weight is None:
+            return WeightsError, "router_weight: missing, forward_block needs [E, H]"
+        if built.group.block is None:
+            return WeightsError, (
+                "router_weight: given, but the runtime that is shared was made without one"
+            )
+        if self.cfg.shared_gate and weights.shared_gate is None:
+            return WeightsError, "shared_gate: missing, need [1, H] because shared_gate=True"
+        return self._why_not_route("forward_block", weights)
+
+    def _why_not_route(
+        self, what: str, weights: ExpertWeights
+    ) -> tuple[type[MoertError], str] | None:
         cfg = self.cfg
         if not cfg.can_route:
             return UnsupportedError, (
-                f"route: top_k={cfg.top_k} exceeds num_experts={cfg.num_experts}, so these experts are a "
+                f"{what}: top_k={cfg.top_k} exceeds num_experts={cfg.num_experts}, so these experts are a "
                 "shard of a layer's; route where all are known, with ids of others outside 0..E-1"
             )
         if cfg.routing.correction_bias and weights.correction_bias is None:

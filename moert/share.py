@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from moert.arena import Arena
+from moert.backends.base import Backend
+from moert.block_rows import BlockRows
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -39,12 +41,16 @@ class ShareGroup:
     """One per set of runtimes that share; freed with the last of them.
 
     Two alternating output buffers: a result stays valid until the call after next of the group.
+
+    Args:
+        described: the layer as the user described it; `cfg` is the same as its launches see it.
     """
 
     def __init__(
-        self, cfg: MoEConfig, device: torch.device, facts: DeviceFacts, options: Options
+        self, described: MoEConfig, device: torch.device, facts: DeviceFacts, options: Options
     ) -> None:
-        self.cfg, self.device, self.facts, self.options = cfg, device, facts, options
+        self.described, self.device, self.facts, self.options = described, device, facts, options
+        self.cfg = cfg = described.as_launched
         self.lock = threading.RLock()
         self.kernel_cache: dict[Any, Any] = {}
         self.labels = Labels(cfg)
@@ -54,12 +60,14 @@ class ShareGroup:
         self.graph_bytes = 0
         self.notes: list[str] = []
         self.joins_captures = device.type == "cuda" and options.graphs != "off"
-        self.results = ResultBuffers(cfg, device, options.max_tokens)
+        self.results = ResultBuffers(described, device, options.max_tokens)
         # calls inside somebody else's capture have results of their own: replaying that graph later must
         # not meet what the runtime itself returned
         self.captured_results = ResultBuffers(
-            cfg, device, self.largest_bucket if self.joins_captures else 0
+            described, device, self.largest_bucket if self.joins_captures else 0
         )
+        self.block: BlockRows | None = None
+        self.captured_block: BlockRows | None = None
         self._scalars = torch.tensor([NO_LIMIT, 0], dtype=torch.int32, device=device)
         self._chunk_live = self._scalars[1]
         self.call = Call(self._scalars[0], 16 if cfg.hidden_size % 16 == 0 else 1)
@@ -109,6 +117,28 @@ class ShareGroup:
             inside = [p.scratch_bytes for p in self.plans if p.tokens <= self.largest_bucket]
             self.capture_arena = Arena(self.device, max(inside))
 
+    def make_block(self, backend: Backend) -> None:
+        """Allocate what calls need that do not bring all slots; for captures by others apart, as arenas."""
+
+        def made(rows: int) -> BlockRows:
+            return BlockRows(self.device, rows, backend.block_fields(self.described, rows))
+
+        if shared := self.described.shared_experts:
+            self.notes.append(
+                f"{shared} shared expert(s) are among E={self.cfg.num_experts}, K={self.cfg.top_k} of these "
+                "kernels; ahead of them come router logits and routing in forward_block, and in forward one "
+                "launch that marks the shared slots as nobody's"
+            )
+        self.block = made(self.options.max_tokens)
+        if self.joins_captures:
+            self.captured_block = made(self.largest_bucket)
+
+    def block_for(self, capturing: bool) -> BlockRows:
+        """The rows of a call, or of one inside somebody's capture."""
+        found = self.captured_block if capturing else self.block
+        assert found is not None
+        return found
+
     @property
     def largest_bucket(self) -> int:
         return self.options.buckets[-1]
@@ -120,6 +150,7 @@ class ShareGroup:
             "capture_arena": self.capture_arena.nbytes if self.capture_arena else 0,
             "results": self.results.nbytes + self.captured_results.nbytes,
             "graphs": self.graph_bytes,
+            "block": sum(b.nbytes for b in (self.block, self.captured_block) if b is not None),
         }
 
     def join(self, executor: object) -> None:
@@ -137,8 +168,9 @@ class ShareGroup:
             self._destroy_stream()
         self.closed, self.null_stream = True, 0
         self.arena = self.capture_arena = None
+        self.block = self.captured_block = None
         self.kernel_cache.clear()
-        self.results = self.captured_results = ResultBuffers(self.cfg, self.device, 0)
+        self.results = self.captured_results = ResultBuffers(self.described, self.device, 0)
 
 
 def _destroy_quietly(driver: GraphDriver, stream: int) -> None:

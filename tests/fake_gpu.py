@@ -18,13 +18,14 @@ import triton
 
 from moert import share
 from moert.arena import Arena, Field
-from moert.backends.base import Backend, Program, Router
+from moert.backends.base import Backend, BlockSteps, Program, Router, slot_fields
 from moert.backends.triton import CompiledProgram
-from moert.call import POSITION
+from moert.call import POSITION, Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.device_executor import DeviceExecutor
 from moert.graph_nodes import _CudaKernelNodeParams
+from moert.labels import Labels
 from moert.plan import Choice
 from moert.share import Options, ShareGroup
 from moert.streams import StreamOrder
@@ -208,6 +209,25 @@ class FakeBackend(Backend):
 
     def router(self, *_: Any) -> Router:
         return FakeRouter()
+
+    def block_fields(self, cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
+        return slot_fields(cfg, rows)
+
+    def block_steps(self, *_: Any) -> BlockSteps:
+        return FakeSteps(self.gpu)
+
+
+class FakeSteps(BlockSteps):
+    """Notes in the log that it was called, and the stream."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    def route(self, call: Call, stream: int, labels: Labels) -> None:
+        self.gpu.log.append(f"route {call.tokens} on {self.gpu.names[stream]}")
+
+    def take(self, call: Call, stream: int, labels: Labels) -> None:
+        self.gpu.log.append(f"take {call.tokens} on {self.gpu.names[stream]}")
 
 
 class FakeRouter(Router):

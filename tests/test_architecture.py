@@ -27,7 +27,7 @@ LAYERS = {
     "steps": ("steps",),
     "backends": ("backends",),
     "tuning": ("timing", "tuning"),
-    "share": ("streams", "share"),
+    "share": ("streams", "block_rows", "share"),
     "executors": ("graphs", "capture", "device_executor", "host_executor"),
     "runtime": ("build", "lifetime", "call_flow", "runtime"),
     "surface": ("", "__main__", "cli", "integrations"),

@@ -52,6 +52,18 @@ def expected(model: Any, family: str, layer: int) -> Tensors:
         found["correction_bias"] = router.e_score_correction_bias
     if family == "minimax_m2":
         found["correction_bias"] = block.e_score_correction_bias
+    shared = getattr(block, "shared_experts", None) or getattr(block, "shared_expert", None)
+    if shared is not None:
+        # smaller than an expert, or as large
+        inner = experts.down_proj.shape[2]
+        rows = (shared.gate_proj.weight, shared.up_proj.weight)
+        missing = inner - rows[0].shape[0]
+        padded = torch.cat([torch.nn.functional.pad(w, (0, 0, 0, missing)) for w in rows])
+        found["w13"] = torch.cat((found["w13"], padded[None]))
+        down = torch.nn.functional.pad(shared.down_proj.weight, (0, missing))
+        found["w2"] = torch.cat((found["w2"], down[None]))
+    if hasattr(block, "shared_expert_gate"):
+        found["shared_gate"] = block.shared_expert_gate.weight
     return {name: tensor.detach() for name, tensor in found.items()}
 
 

@@ -164,7 +164,7 @@ def test_plan_of_a_checkpoint(capsys: Capture, tiny_checkpoint: Callable[..., Pa
     assert "num_experts=8" in found["config"]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3"])
 def test_check_of_a_good_checkpoint(
     family: str, capsys: Capture, tiny_checkpoint: Callable[..., Path]
 ) -> None:

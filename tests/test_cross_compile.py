@@ -30,6 +30,9 @@ PORTABLE = {
     *("gate_up_grouped_kernel", "down_grouped_kernel", "combine_kernel"),
 }
 
+# what precedes a plan's kernels in a whole block: test_block_kernels.py compiles it for every device
+ELSEWHERE = {"router_logits_kernel", "router_logits_tiled_kernel", "routed_slots_kernel"}
+
 
 def kernels_of_the_package() -> set[str]:
     """Every kernel that `moert.steps` defines: functions that are launched are named so."""
@@ -57,7 +60,8 @@ def test_gate() -> None:
     said = ("target", "kernel", "tile", "aligned", "problems")
     bad = [tuple(k[name] for name in said) for k in answer["kernels"] if k["problems"]]
     assert (code, answer["problems"], bad) == (0, 0, [])
-    assert {kernel["kernel"] for kernel in answer["kernels"]} == kernels_of_the_package()
+    compiled = {kernel["kernel"] for kernel in answer["kernels"]}
+    assert compiled == kernels_of_the_package() - ELSEWHERE
     for arch in KNOWN_DEVICES:
         check(arch, [kernel for kernel in answer["kernels"] if kernel["target"] == arch])
 

@@ -52,7 +52,11 @@ def check_layer(int4: Path, twin: Path, layer: int, stored: Stored) -> ExpertWei
     cfg = MoEConfig.from_pretrained(str(int4))
     assert cfg.quant == Quant("int4", stored.group, stored.symmetric) and cfg.dtype == "float32"
     dense = MoEConfig.from_pretrained(str(twin))
-    assert dense == replace(cfg, quant=None)
+    # shared experts stay out of a layer whose routed ones are int4
+    routed = {"shared_experts": 0, "shared_gate": False}
+    assert (
+        replace(dense, **routed) == replace(cfg, quant=None) == replace(cfg, **routed, quant=None)
+    )
     weights = ExpertWeights.from_checkpoint(int4, layer)
     weights.check(cfg)
     plain = ExpertWeights.from_checkpoint(twin, layer)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from moert.arena import Field
-from moert.backends.base import Backend, Program, Router
+from moert.backends.base import Backend, BlockSteps, Program, Router
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -111,9 +111,13 @@ class FakeBackend(Backend):
             raise self.broken[choice]
         return FakeProgram(self, choice, views)
 
-    def router(
-        self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
-    ) -> Router:
+    def router(self, *_: Any) -> Router:
+        raise NotImplementedError
+
+    def block_fields(self, *_: Any) -> tuple[Field, ...]:
+        return ()
+
+    def block_steps(self, *_: Any) -> BlockSteps:
         raise NotImplementedError
 
 

@@ -38,7 +38,7 @@ from moert.backends.aiter_sequences import (
     sequence_of,
     sort_fields,
 )
-from moert.backends.base import Backend, Program, Router
+from moert.backends.base import Backend, BlockSteps, Program, Router
 from moert.backends.triton import TritonBackend
 from moert.call import Call
 from moert.config import MoEConfig
@@ -162,9 +162,25 @@ class AiterBackend(Backend):
         return AiterProgram(self, tokens, choice, views, cache, direct) if aligned else direct
 
     def router(
-        self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
+        self,
+        cfg: MoEConfig,
+        max_tokens: int,
+        no_limit: torch.Tensor,
+        kernel_cache: dict[Any, Any],
     ) -> Router:
-        return self.triton.router(max_tokens, no_limit, kernel_cache)
+        return self.triton.router(cfg, max_tokens, no_limit, kernel_cache)
+
+    def block_fields(self, cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
+        return self.triton.block_fields(cfg, rows)
+
+    def block_steps(
+        self,
+        cfg: MoEConfig,
+        rows: int,
+        views: dict[str, torch.Tensor],
+        kernel_cache: dict[Any, Any],
+    ) -> BlockSteps:
+        return self.triton.block_steps(cfg, rows, views, kernel_cache)
 
     def _workspace(self, tokens: int, choice: Choice) -> int:
         """The most bytes of scratch that the sort of up to `tokens` rows asks for; not monotone in T."""

@@ -124,9 +124,54 @@ class Backend(ABC):
 
     @abstractmethod
     def router(
-        self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
+        self,
+        cfg: MoEConfig,
+        max_tokens: int,
+        no_limit: torch.Tensor,
+        kernel_cache: dict[Any, Any],
     ) -> Router:
-        """The routing step for up to `max_tokens` rows a call; `no_limit` stands for an absent live count."""
+        """The routing step for up to `max_tokens` rows a call.
+
+        Args:
+            cfg: the layer as it was described, shared experts apart.
+            no_limit: stands for an absent live count.
+        """
+
+    @abstractmethod
+    def block_fields(self, cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
+        """The scratch of `block_steps` for up to `rows` tokens, for `slot_fields` too; pure."""
+
+    @abstractmethod
+    def block_steps(
+        self,
+        cfg: MoEConfig,
+        rows: int,
+        views: dict[str, torch.Tensor],
+        kernel_cache: dict[Any, Any],
+    ) -> BlockSteps:
+        """What precedes the launches of this layer where a call does not bring all K + n slots.
+
+        Args:
+            cfg: as for `router`. views: of `block_fields(cfg, rows)`.
+        """
+
+
+def slot_fields(cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
+    """The routing of K + n slots that `BlockSteps` write and the layer's launches read."""
+    shape = (rows, cfg.top_k + cfg.shared_experts)
+    return Field("slot_weights", shape, torch.float32), Field("slot_ids", shape, torch.int32)
+
+
+class BlockSteps(ABC):
+    """Fills the slots of `slot_fields` for a call's rows; those from the live count on are left alone."""
+
+    @abstractmethod
+    def route(self, call: Call, stream: int, labels: Labels) -> None:
+        """By the router's matrix and the routing rule from call.x; the shared experts in the last n slots."""
+
+    @abstractmethod
+    def take(self, call: Call, stream: int, labels: Labels) -> None:
+        """From call.topk of K slots; the last n slots are nobody's."""
 
 
 class Router(ABC):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moert.arena import Field
-from moert.backends.base import Backend, Program, Router
+from moert.backends.base import Backend, BlockSteps, Program, Router, slot_fields
+from moert.backends.torch_block import TorchBlockSteps
 from moert.backends.torch_experts import TorchExperts
 from moert.call import Call
 from moert.config import MoEConfig
@@ -65,12 +66,35 @@ class TorchBackend(Backend):
         return TorchProgram(experts)
 
     def router(
-        self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
+        self,
+        cfg: MoEConfig,
+        max_tokens: int,
+        no_limit: torch.Tensor,
+        kernel_cache: dict[Any, Any],
     ) -> Router:
-        # its scratch is the share group's, so the layers share it too
-        if "torch_router" not in kernel_cache:
-            kernel_cache["torch_router"] = TorchRouter(self.cfg, max_tokens)
-        return HostRouter(kernel_cache["torch_router"], self.weights.correction_bias)
+        router = _shared_router(cfg, max_tokens, kernel_cache)
+        return HostRouter(router, self.weights.correction_bias)
+
+    def block_fields(self, cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
+        return (*slot_fields(cfg, rows), *TorchBlockSteps.scratch_fields(cfg, rows))
+
+    def block_steps(
+        self,
+        cfg: MoEConfig,
+        rows: int,
+        views: dict[str, torch.Tensor],
+        kernel_cache: dict[Any, Any],
+    ) -> BlockSteps:
+        router = _shared_router(cfg, rows, kernel_cache) if cfg.can_route else None
+        return TorchBlockSteps(cfg, self.weights, views, router)
+
+
+def _shared_router(cfg: MoEConfig, max_tokens: int, kernel_cache: dict[Any, Any]) -> TorchRouter:
+    # its scratch is the share group's, so the layers share it too
+    if "torch_router" not in kernel_cache:
+        kernel_cache["torch_router"] = TorchRouter(cfg, max_tokens)
+    router: TorchRouter = kernel_cache["torch_router"]
+    return router
 
 
 class TorchProgram(Program):

@@ -13,7 +13,8 @@ import torch
 
 from moert.arena import Field
 from moert.backends import int4_tiles, stream_tiles, triton_tiles
-from moert.backends.base import Backend, Program, Router
+from moert.backends.base import Backend, BlockSteps, Program, Router, slot_fields
+from moert.backends.triton_block import TritonBlockSteps, logits_field
 from moert.backends.triton_launches import Views, direct_launches, grouped_launches
 from moert.backends.triton_router import make_router
 from moert.call import Call
@@ -139,10 +140,29 @@ class TritonBackend(Backend):
         return CompiledProgram([self._compile(launch, aligned, cache) for launch in launches])
 
     def router(
-        self, max_tokens: int, no_limit: torch.Tensor, kernel_cache: dict[Any, Any]
+        self,
+        cfg: MoEConfig,
+        max_tokens: int,
+        no_limit: torch.Tensor,
+        kernel_cache: dict[Any, Any],
     ) -> Router:
         bias = self.weights.correction_bias
-        return make_router(self.cfg, self.facts, bias, no_limit, max_tokens, kernel_cache)
+        return make_router(cfg, self.facts, bias, no_limit, max_tokens, kernel_cache)
+
+    def block_fields(self, cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
+        return (*slot_fields(cfg, rows), logits_field(cfg, self.facts, rows))
+
+    def block_steps(
+        self,
+        cfg: MoEConfig,
+        rows: int,
+        views: Views,
+        kernel_cache: dict[Any, Any],
+    ) -> BlockSteps:
+        def bind(launches: list[Launch], aligned: bool) -> Program:
+            return self.bind(launches, aligned=aligned, kernel_cache=kernel_cache)
+
+        return TritonBlockSteps(cfg, self.facts, self.weights, rows, views, bind)
 
     @property
     def row_multiple(self) -> int:

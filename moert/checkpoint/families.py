@@ -10,6 +10,8 @@ from typing import Final
 
 _OWN: Final = ("moe_intermediate_size",)
 _SHARED: Final = ("intermediate_size",)
+SHARED_COUNT: Final = "n_shared_experts"
+SHARED_SIZE: Final = "shared_expert_intermediate_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ class Family:
         limit: where gate and up are clamped if there is no `swiglu_limit`; None for families that never
             clamp.
         bias: the experts have biases.
+        shared: the field that tells of shared experts: their number ("n_shared_experts") or the size of
+            the one ("shared_expert_intermediate_size"); None for families without.
+        shared_default: used when the config has no such field.
+        shared_gate: a sigmoid gate weighs the shared expert.
     """
 
     scoring: str = "softmax"
@@ -45,6 +51,9 @@ class Family:
     activation: str | None = None
     limit: float | None = None
     bias: bool = False
+    shared: str | None = None
+    shared_default: int = 0
+    shared_gate: bool = False
 
 
 _SOFTMAX: Final = Family()
@@ -56,20 +65,30 @@ _GLM4: Final = Family(
     topk_method="noaux_tc",
     methods=("noaux_tc",),
     scaled=True,
+    shared=SHARED_COUNT,
+    shared_default=1,
 )
 _DEEPSEEK_V3: Final = replace(_GLM4, n_group=8, topk_group=4, scaling=2.5)
 
 FAMILIES: Final[dict[str, Family]] = {
     "mixtral": replace(_SOFTMAX_ALWAYS_NORM, intermediate=_SHARED),
-    "qwen2_moe": _SOFTMAX,
+    "qwen2_moe": replace(_SOFTMAX, shared=SHARED_SIZE, shared_default=5632, shared_gate=True),
     "qwen3_moe": _SOFTMAX,
-    "qwen3_next": _SOFTMAX_NORM,
+    "qwen3_next": replace(_SOFTMAX_NORM, shared=SHARED_SIZE, shared_default=512, shared_gate=True),
     "qwen3_omni_moe_text": _SOFTMAX_NORM,
     "qwen3_vl_moe_text": _SOFTMAX_ALWAYS_NORM,
-    "qwen3_5_moe_text": _SOFTMAX_ALWAYS_NORM,
+    "qwen3_5_moe_text": replace(
+        _SOFTMAX_ALWAYS_NORM, shared=SHARED_SIZE, shared_default=512, shared_gate=True
+    ),
     "olmoe": replace(_SOFTMAX, intermediate=_SHARED),
     "flex_olmo": replace(_SOFTMAX, intermediate=_SHARED),
-    "deepseek_v2": Family(norm_fixed=True, methods=("greedy", "group_limited_greedy"), scaled=True),
+    "deepseek_v2": Family(
+        norm_fixed=True,
+        methods=("greedy", "group_limited_greedy"),
+        scaled=True,
+        shared=SHARED_COUNT,
+        shared_default=2,
+    ),
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": _DEEPSEEK_V3,
     "kimi_k2": _DEEPSEEK_V3,
@@ -77,7 +96,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "glm4v_moe_text": _GLM4,
     "glm4_moe_lite": replace(_GLM4, scaling=1.8),
     "glm_moe_dsa": replace(_GLM4, scaling=2.5),
-    "dots1": replace(_GLM4, norm_topk_prob=False),
+    "dots1": replace(_GLM4, norm_topk_prob=False, shared_default=0),
     "deepseek_v4": Family(
         scoring="sqrtsoftplus",
         scoring_fixed=False,
@@ -89,6 +108,8 @@ FAMILIES: Final[dict[str, Family]] = {
         scaled=True,
         intermediate=("moe_intermediate_size", "intermediate_size"),
         limit=10.0,
+        shared=SHARED_COUNT,
+        shared_default=1,
     ),
     "minimax_m2": Family(
         scoring="sigmoid",

@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from moert.checkpoint.families import FAMILIES, Family
+from moert.checkpoint.families import FAMILIES, SHARED_COUNT, Family
 from moert.checkpoint.packing import QUANTIZED, packing_of
 from moert.config import GROUP_SCORES, SCORINGS, MoEConfig, Routing
 from moert.errors import ConfigError, UnsupportedError
+from moert.shared_experts import parts_of
 
 Fields = Mapping[str, Any]
 
@@ -49,7 +50,8 @@ def config_from_hf(hf_config: Any) -> MoEConfig:
 
     The language model of a multimodal config (`text_config` and its like) is found by itself. A config
     without `dtype` or `torch_dtype` gets bfloat16. DeepSeek-V2's `norm_topk_prob` is not used, as its
-    class does not use it.
+    class does not use it. Of a checkpoint whose experts are quantised, the shared ones, which most keep
+    dense, are not part of the layer: `shared_experts` is 0. So it is for families in no table.
 
     Args:
         hf_config: a config object with `to_dict`, or the dict of a config.json.
@@ -62,11 +64,13 @@ def config_from_hf(hf_config: Any) -> MoEConfig:
     packing = packing_of(fields)
     model_type = fields.get("model_type")
     family = FAMILIES.get(str(model_type)) or _inferred(fields)
+    inner = _intermediate_size(fields, family)
+    shared = _shared_experts(fields, family, inner) if packing is None else 0
     cfg = MoEConfig(
         num_experts=_needed(fields, EXPERTS),
         top_k=_needed(fields, TOP_K),
         hidden_size=_needed(fields, ("hidden_size",)),
-        intermediate_size=_intermediate_size(fields, family),
+        intermediate_size=inner,
         activation=_activation(fields, family),
         activation_limit=family.limit and _get(fields, "swiglu_limit", family.limit),
         activation_alpha=_get(fields, "swiglu_alpha", 1.702),
@@ -74,6 +78,8 @@ def config_from_hf(hf_config: Any) -> MoEConfig:
         dtype=_dtype(fields),
         routing=_routing(fields, family),
         quant=None if packing is None else packing.quant,
+        shared_experts=shared,
+        shared_gate=bool(shared) and family.shared_gate,
     )
     cfg.check_routing()
     return cfg
@@ -176,6 +182,16 @@ def _intermediate_size(fields: Fields, family: Family) -> Any:
     # the other name, where both exist, is the width of the dense layers
     present = [alias for alias in family.intermediate if fields.get(alias) is not None]
     return _needed(fields, tuple(present[:1]) or family.intermediate)
+
+
+def _shared_experts(fields: Fields, family: Family, inner: Any) -> Any:
+    """Of how many experts of size I a family's shared expert is; an explicit null means none."""
+    if family.shared is None:
+        return 0
+    value = fields.get(family.shared, family.shared_default) or 0
+    if family.shared == SHARED_COUNT or type(value) is not int or type(inner) is not int:
+        return value  # what is no number is refused where the config is made
+    return parts_of(value, max(inner, 1))
 
 
 def _activation(fields: Fields, family: Family) -> str:

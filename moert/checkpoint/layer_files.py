@@ -7,9 +7,10 @@ import difflib
 import torch
 
 from moert.checkpoint.files import FLOATS, TensorFiles
-from moert.checkpoint.names import FUSED_B2, FUSED_B13, Names
+from moert.checkpoint.names import FUSED_B2, FUSED_B13, SHARED, SHARED_GATE, Names
 from moert.config import MoEConfig
 from moert.errors import UnsupportedError, WeightsError
+from moert.shared_experts import fill_shared
 
 Shape = tuple[int, ...]
 
@@ -42,7 +43,42 @@ class LayerFiles:
             found["router_bias"] = self._first(names.router_bias, (cfg.num_experts,))
         if cfg.routing.correction_bias:
             found["correction_bias"] = self._first(names.correction_bias, (cfg.num_experts,))
+        if cfg.shared_gate:
+            found["shared_gate"] = self._first(SHARED_GATE, (1, cfg.hidden_size))
         return found
+
+    def check_shared(self) -> None:
+        """The shared expert's matrices: of one size that n experts of size I hold, and no fewer."""
+        if self.cfg.shared_experts:
+            gate, up, down = self._shared()
+            hidden, inner = self.cfg.hidden_size, self.cfg.intermediate_size
+            count = self.cfg.shared_experts
+            sizes = range((count - 1) * inner + 1, count * inner + 1)
+            size = self.files.shape(gate)[0] if gate in self.files else sizes[-1]
+            if size not in sizes:
+                self.fail(
+                    f"{gate}: {size} rows, need {sizes[0]} to {sizes[-1]} because shared_experts={count} of "
+                    f"intermediate_size={inner}"
+                )
+            for name, shape in (
+                (gate, (size, hidden)),
+                (up, (size, hidden)),
+                (down, (hidden, size)),
+            ):
+                self.check_tensor(name, shape)
+
+    def read_shared(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        """Fill w13 [n, 2I, H] and w2 [n, H, I], the shared experts of the layer's tensors."""
+        if self.cfg.shared_experts:
+            gate, up, down = (self.files.read(name) for name in self._shared())
+            fill_shared(w13, w2, gate, up, down)
+
+    def _shared(self) -> list[str]:
+        """The names of the shared expert's gate, up and down."""
+        names = self.names
+        prefixes = [self.block + prefix for prefix in SHARED]
+        prefix = next((p for p in prefixes if p + names.down in self.files), prefixes[0])
+        return [prefix + leaf for leaf in (names.gate, names.up, names.down)]
 
     def read_small(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
         """What `small` named: the router's tensors in their own dtype, the correction bias in float32."""

@@ -43,12 +43,13 @@ def load_layer(
         cfg: shapes and dtype wanted; default: what config.json says.
 
     Returns:
-        w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I], contiguous, of cfg.dtype, or an
+        w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I], contiguous, of cfg.dtype, with
+        cfg.shared_experts more behind them (the shared expert in parts of size I), or an
         `Int4Matrix` each, packed expert by expert as they are read (rounded from the whole layer where
         cfg.quant asks for int4 and the checkpoint is not quantised);
         router_weight [E, H] of the file's dtype, because the choice of experts is sensitive to it; where
         the family has them: b13 [E, 2I], b2 [E, H] of cfg.dtype, router_bias [E] of the file's dtype,
-        correction_bias [E] float32.
+        correction_bias [E] float32, shared_gate [1, H] of the file's dtype.
 
     Raises:
         ConfigError: config.json is missing or not understood.
@@ -60,6 +61,11 @@ def load_layer(
     packing = packing_of(fields)
     cfg = cfg or config_from_hf(fields)
     same_quant(cfg, packing)
+    if cfg.shared_experts and packing is not None:
+        raise UnsupportedError(
+            f"shared_experts={cfg.shared_experts}: those of a checkpoint with int4 experts are not read, as "
+            "most are dense; need shared_experts=0, and a caller who adds them"
+        )
     if not cfg.gated:
         raise UnsupportedError(
             "gated=False: every known checkpoint layout has a gate and an up matrix"
@@ -149,17 +155,28 @@ class _Reader(LayerFiles):
             self._check_separate()
         if self.cfg.bias:
             self.check_fused_biases()
+        self.check_shared()
 
     def all(self) -> dict[str, torch.Tensor]:
         cfg = self.cfg
         small = self.small()
+        self.check_shared()
         loaded = self._fused() if self.is_fused else self._separate()
+        self.read_shared(loaded["w13"][cfg.num_experts :], loaded["w2"][cfg.num_experts :])
         if cfg.bias:
             loaded |= self.read_fused_biases()
         return loaded | self.read_small(small)
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.cfg.torch_dtype, device=self.device)
+    def _empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """w13 and w2 of the E experts and the n shared ones behind them."""
+        cfg = self.cfg
+        count = cfg.num_experts + cfg.shared_experts
+        shapes = (
+            (count, cfg.w13_rows, cfg.hidden_size),
+            (count, cfg.hidden_size, cfg.intermediate_size),
+        )
+        w13, w2 = (torch.empty(s, dtype=cfg.torch_dtype, device=self.device) for s in shapes)
+        return w13, w2
 
     def _check_separate(self) -> None:
         cfg, names = self.cfg, self.names
@@ -178,9 +195,9 @@ class _Reader(LayerFiles):
         """`experts.<e>.<gate|up|down>`: 3E tensors, all checked before the first is read."""
         self._check_separate()
         cfg, names = self.cfg, self.names
-        experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
-        w13, w2 = self._empty(experts, 2 * inner, hidden), self._empty(experts, hidden, inner)
-        for e in range(experts):
+        inner = cfg.intermediate_size
+        w13, w2 = self._empty()
+        for e in range(cfg.num_experts):
             w13[e, :inner].copy_(self.files.read(self.expert(e, names.gate)))
             w13[e, inner:].copy_(self.files.read(self.expert(e, names.up)))
             w2[e].copy_(self.files.read(self.expert(e, names.down)))
@@ -212,10 +229,10 @@ class _Reader(LayerFiles):
         """`experts.gate_up_proj` and `experts.down_proj`: as linear layers keep them, or transposed."""
         transposed = self._check_fused()
         cfg, names = self.cfg, self.names
-        experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
+        inner = cfg.intermediate_size
         w13_name, w2_name = self.block + FUSED_W13, self.block + FUSED_W2
-        w13, w2 = self._empty(experts, 2 * inner, hidden), self._empty(experts, hidden, inner)
-        for e in range(experts):
+        w13, w2 = self._empty()
+        for e in range(cfg.num_experts):
             for name, target in ((w13_name, w13), (w2_name, w2)):
                 rows = self.files.read(name, e)
                 rows = rows.t() if transposed else rows

@@ -51,6 +51,9 @@ FUSED_W13: Final = "experts.gate_up_proj"
 FUSED_W2: Final = "experts.down_proj"
 FUSED_B13: Final = "experts.gate_up_proj_bias"
 FUSED_B2: Final = "experts.down_proj_bias"
+# a shared expert's matrices, named like an expert's, below one of these; and its sigmoid gate [1, H]
+SHARED: Final = ("shared_experts.", "shared_expert.")
+SHARED_GATE: Final = ("shared_expert_gate.weight",)
 # a router that looks experts up by token id instead of choosing them (DeepSeek-V4's first layers)
 HASH_TABLE: Final = "gate.tid2eid"
 

@@ -24,6 +24,7 @@ def absent_weights(
         return torch.empty(shape, dtype=cfg.torch_dtype, device="meta")
 
     experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
+    routed, experts = experts, experts + cfg.shared_experts
     w13: Matrix
     w2: Matrix
     if cfg.quant is not None:
@@ -39,8 +40,9 @@ def absent_weights(
     b13, b2 = (empty(experts, cfg.w13_rows), empty(experts, hidden)) if cfg.bias else (None, None)
     correction = None
     if cfg.routing.correction_bias:
-        correction = torch.empty(experts, dtype=torch.float32, device="meta")
-    return ExpertWeights(w13, w2, b13, b2, correction, interleaved=interleaved)
+        correction = torch.empty(routed, dtype=torch.float32, device="meta")
+    gate = empty(1, hidden) if cfg.shared_gate else None
+    return ExpertWeights(w13, w2, b13, b2, correction, interleaved=interleaved, shared_gate=gate)
 
 
 def absent_views(fields: Iterable[Field]) -> dict[str, torch.Tensor]:

@@ -134,7 +134,9 @@ def convert(source: Path, folder: Path, cfg: MoEConfig, device: str) -> Converte
     try:
         for step, (layer, block) in enumerate(located.blocks.items()):
             progress.update(step, f"layer {layer}")
-            weights = ExpertWeights.from_checkpoint(source, layer, device, cfg=cfg)
+            # shared experts are among the other tensors, which stay as they are
+            routed = replace(cfg, shared_experts=0, shared_gate=False)
+            weights = ExpertWeights.from_checkpoint(source, layer, device, cfg=routed)
             tensors = expert_tensors(weights, block, located.names)
             assert isinstance(weights.w13, Int4Matrix)
             done.act_order |= weights.w13.permutation is not None

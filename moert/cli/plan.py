@@ -73,10 +73,11 @@ def run(args: argparse.Namespace) -> int:
         sort_policy=args.sort_policy,
         tune="off",
     )
-    kind, notes = select_backend(args.backend, cfg, facts)
+    launched = cfg.as_launched
+    kind, notes = select_backend(args.backend, launched, facts)
     if options.graphs == "own" and not kind.uses_graphs:
         options = replace(options, graphs="host")
-    backend = kind(cfg, absent_weights(cfg), facts)
+    backend = kind(launched, absent_weights(cfg), facts)
     report = make_report(backend, options, env, notes)
     memory = memory_of(backend, options, report)
     if args.json:

@@ -17,7 +17,7 @@ import triton.language as tl
 from moert.config import MoEConfig
 from moert.errors import UnsupportedError
 from moert.steps.call_args import live_tokens
-from moert.steps.dependent_launch import let_successor_start
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.topk import TopK
 
 MAX_EXPERTS = 1024
@@ -52,9 +52,18 @@ def _no_nan(x):
 
 
 @triton.jit
-def _load_logits(ptr, mask):
-    x = tl.load(ptr, mask=mask, other=float("-inf"))
-    return tl.minimum(_no_nan(x.to(tl.float32)), FLOAT_MAX)
+def _load_sum(ptr, mask, other, part_stride, PARTS: tl.constexpr):
+    """The sum of PARTS fp32 values, part_stride apart, in their order."""
+    x = tl.load(ptr, mask=mask, other=other).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(ptr + part * part_stride, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _load_logits(ptr, mask, part_stride, PARTS: tl.constexpr):
+    x = _load_sum(ptr, mask, float("-inf"), part_stride, PARTS)
+    return tl.minimum(_no_nan(x), FLOAT_MAX)
 
 
 @triton.jit
@@ -169,13 +178,16 @@ def routing_fwd_kernel(
     E: tl.constexpr, K: tl.constexpr, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2_SUM: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    SHARED: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Route BLOCK_T tokens; rows from min(num_tokens, *num_valid_ptr) on are neither read nor written.
 
-    logits [num_tokens, E] with a row stride; bias [E] or None; weights fp32 and ids int32 [num_tokens, K],
-    contiguous; num_valid int32 scalar or None. The experts lie as [GROUPS, GROUP], both padded.
+    logits [PARTS, num_tokens, E] with a row stride, to be added up; bias [E] or None; weights fp32 and ids
+    int32 [num_tokens, K + SHARED], contiguous; num_valid int32 scalar or None. The experts lie as
+    [GROUPS, GROUP], both padded. The last SHARED slots are of experts E, E + 1, ... with weight 1, or, with
+    GATE, the sigmoid of the logit in column E.
     """
+    wait_for_predecessor(PDL)
     let_successor_start(PDL)
     BY_LOGIT: tl.constexpr = correction_bias_ptr is None
     PACKED: tl.constexpr = BY_LOGIT and logits_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -184,6 +196,7 @@ def routing_fwd_kernel(
         live = live_tokens(num_tokens, num_valid_ptr)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
+    part_stride = logits_stride.to(tl.int64) * num_tokens
 
     group = tl.arange(0, GROUPS)[None, :, None]
     # said to start anywhere, so that no load takes neighbours at once: that would put an axis on fewer
@@ -191,7 +204,8 @@ def routing_fwd_kernel(
     place = tl.multiple_of(tl.arange(0, GROUP), 1)[None, None, :]
     experts = group * (E // NUM_GROUPS) + place
     real = (group < NUM_GROUPS) & (place < E // NUM_GROUPS)
-    x = _load_logits(row_ptr[:, None, None] + experts, (row < live)[:, None, None] & real)
+    alive = (row < live)[:, None, None] & real
+    x = _load_logits(row_ptr[:, None, None] + experts, alive, part_stride, PARTS)
 
     peak = tl.zeros([BLOCK_T], tl.float32)
     total = peak
@@ -220,20 +234,29 @@ def routing_fwd_kernel(
     if BY_LOGIT:
         picked = _from_key(chosen_key, PACKED)
     else:
-        picked = _load_logits(row_ptr[:, None] + chosen, mask)
+        picked = _load_logits(row_ptr[:, None] + chosen, mask, part_stride, PARTS)
     weights = _weigh(picked, mask, peak, total, SCORING, RENORMALIZE) * SCALE
-    at = tl.multiple_of(row.to(tl.int64)[:, None] * K + slot, (1, 1))  # as above
+    if SHARED > 0:
+        shared = tl.full([BLOCK_T], 1.0, tl.float32)
+        if GATE:
+            shared = tl.sigmoid(_load_sum(row_ptr + E, row < live, 0.0, part_stride, PARTS))
+        weights = tl.where(slot < K, weights, shared[:, None])
+        chosen = tl.where(slot < K, chosen, E + slot - K)
+        mask = (row < live)[:, None] & (slot < K + SHARED)
+    at = tl.multiple_of(row.to(tl.int64)[:, None] * (K + SHARED) + slot, (1, 1))  # as above
     tl.store(routed_ids_ptr + at, chosen, mask=mask)
     tl.store(routed_weights_ptr + at, weights, mask=mask)
 
 
 def routing_launch(
-    cfg: MoEConfig, tokens: int, dependent: bool = False
+    cfg: MoEConfig, tokens: int, dependent: bool = False, *, shared: bool = False, parts: int = 1
 ) -> tuple[tuple[int], dict[str, Any], int]:
     """Grid, constexpr arguments in the kernel's order, and warps, for up to `tokens` rows (B, or T).
 
     Args:
         dependent: the next kernel may start while this one drains, if it is launched so.
+        shared: the config's shared experts get slots of their own.
+        parts: how many partial logits are to be added up.
 
     Raises:
         UnsupportedError: more than 1024 experts.
@@ -244,6 +267,7 @@ def routing_launch(
             "the torch backend has no limit"
         )
     rule = cfg.routing
+    count = cfg.shared_experts if shared else 0
     group = cfg.num_experts // rule.num_groups
     # always one warp: more have to meet in shared memory at each of the K steps (0.2 to 1.3 us a launch
     # on an H200 for E 128 to 512). Two tokens a warp halve the workgroups, whose start is the limit from
@@ -262,7 +286,10 @@ def routing_launch(
         "GROUPS": triton.next_power_of_2(rule.num_groups),
         # the warp instruction reduces whole warps only (32 lanes on NVIDIA, up to 64 on AMD)
         "GROUP": max(triton.next_power_of_2(group), 64 if rule.num_groups == 1 else 1),
-        "BLOCK_K": triton.next_power_of_2(cfg.top_k),
+        "BLOCK_K": triton.next_power_of_2(cfg.top_k + count),
+        "SHARED": count,
+        "GATE": shared and cfg.shared_gate,
+        "PARTS": parts,
         "PDL": dependent,
     }
     return ((tokens + block_t - 1) // block_t,), constexprs, 1
