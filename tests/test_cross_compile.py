@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import pkgutil
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ PORTABLE = {
     *("routing_fwd_kernel", "gate_up_direct_kernel", "down_direct_kernel"),
     *("sort_one_shot_kernel", "sort_count_kernel", "sort_scan_kernel", "sort_place_kernel"),
     *("gate_up_grouped_kernel", "down_grouped_kernel", "combine_kernel"),
+    *("gate_up_direct_int4_kernel", "down_direct_int4_kernel"),
+    *("gate_up_grouped_int4_kernel", "down_grouped_int4_kernel"),
 }
 
 # what precedes a plan's kernels in a whole block: test_block_kernels.py compiles it for every device
@@ -74,11 +77,15 @@ def check(arch: str, kernels: list[dict[str, Any]]) -> None:
     gemms = [k for k in kernels if k["kernel"].startswith(("gate_up", "down"))]
     for cfg, (layout,) in QUICK:
         shape = [cfg.num_experts, cfg.top_k, cfg.hidden_size, cfg.intermediate_size]
-        layer = (shape, cfg.dtype, cfg.bias, layout)
-        own = [k for k in gemms if (k["shape"], k["dtype"], k["bias"], k["layout"]) == layer]
+        quant = None if cfg.quant is None else asdict(cfg.quant)
+        layer = (shape, cfg.dtype, cfg.bias, layout, quant)
+        said = ("shape", "dtype", "bias", "layout", "quant")
+        own = [k for k in gemms if tuple(k[name] for name in said) == layer]
         # what reads nothing of the caller's is one kernel for both
         assert {k["aligned"] for k in own} == {True, False}, (arch, cfg)
-        assert len({k["kernel"] for k in own}) == 4, (arch, cfg)
+        # int4 weights are streamed on NVIDIA, and portable kernels serve what is not aligned
+        both = cfg.quant is not None and facts.kind == "cuda"
+        assert len({k["kernel"] for k in own}) == (8 if both else 4), (arch, cfg)
     assert {k["tokens"] for k in gemms} == set(QUICK_BUCKETS), arch
     for kernel in kernels:
         found = kernel["resources"]
@@ -86,6 +93,9 @@ def check(arch: str, kernels: list[dict[str, Any]]) -> None:
         assert found["shared"] <= facts.shared_memory, kernel
         assert found["vgprs"] > 0 and found["occupancy"] > 0, kernel
         if kernel["dtype"] != "float32":
-            assert (found["matrix"] > 0) == ("grouped" in kernel["kernel"]), kernel
-        if kernel in gemms:
+            units = "grouped" in kernel["kernel"] or "stream" in kernel["kernel"]
+            assert (found["matrix"] > 0) == units, kernel
+        # portable int4 tiles may have fewer bytes than that for each lane
+        direct = facts.kind == "hip" and "direct" in kernel["kernel"]
+        if kernel in gemms and (not kernel["quant"] or direct or "stream" in kernel["kernel"]):
             assert found["widest_load"] >= 16, kernel

@@ -32,7 +32,7 @@ from moert.cli.compile_variants import (
     layouts_of,
     specialisation,
 )
-from moert.config import MoEConfig, Routing
+from moert.config import MoEConfig, Quant, Routing
 from moert.device import KNOWN_DEVICES
 from moert.tuning.progress import Progress
 
@@ -46,11 +46,12 @@ TARGETS = tuple(KNOWN_DEVICES)
 # buckets, then what is launched eagerly up to the default max_tokens
 BUCKETS = (*DEFAULT_BUCKETS, 1024, 2048, DEFAULT_MAX_TOKENS)
 # a small expert in every layout and dtype, one with biases and an interleaved gate, one routed by groups, one
-# whose rows begin at no multiple of 16 bytes
+# whose rows begin at no multiple of 16 bytes; int4 in groups of whole steps and of parts of a block
 _GROUPS = Routing("sigmoid", correction_bias=True, num_groups=8, top_groups=4, scaling_factor=2.5)
 _SMALL = MoEConfig(128, 8, 2048, 768)
 _BIASED = MoEConfig(128, 4, 2880, 2880, activation="swiglu_oai", bias=True)
 _NARROW = MoEConfig(128, 8, 1000, 500)
+_INT4 = replace(_SMALL, quant=Quant("int4", 128))
 USUAL = (
     (_SMALL, LAYOUTS),
     (replace(_SMALL, dtype="float16"), ("plain",)),
@@ -58,12 +59,16 @@ USUAL = (
     (_BIASED, ("plain", "interleaved")),
     (MoEConfig(256, 8, 7168, 256, routing=_GROUPS), ("plain",)),
     (_NARROW, ("plain",)),
+    (_INT4, ("plain",)),
+    (replace(_BIASED, dtype="float16", quant=Quant("int4", 32, symmetric=False)), ("plain",)),
+    (replace(_NARROW, dtype="float32", quant=Quant("int4", 96, symmetric=False)), ("plain",)),
 )
 # of all that, what a minute or two suffice for
 QUICK = (
     (_SMALL, ("plain",)),
     (replace(_BIASED, top_k=8, dtype="float16"), ("interleaved",)),
     (replace(_NARROW, dtype="float32"), ("plain",)),
+    (_INT4, ("plain",)),
 )
 QUICK_BUCKETS = (1, 64, DEFAULT_MAX_TOKENS)
 
@@ -178,6 +183,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         layout = "bias" if variant.layer.cfg.bias else variant.layer.layout
         if variant.layer.cfg.bias and variant.layer.layout != "plain":
             layout = f"bias, {variant.layer.layout}"
+        if variant.layer.cfg.quant is not None:
+            layout = f"{variant.layer.cfg.quant.format}, {layout}"
         numbers: list[object] = ["-"] * 9
         if found is not None:
             numbers = [

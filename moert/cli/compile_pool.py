@@ -37,6 +37,7 @@ class Row:
             "shape": [cfg.num_experts, cfg.top_k, cfg.hidden_size, cfg.intermediate_size],
             "dtype": cfg.dtype,
             "bias": cfg.bias,
+            "quant": None if cfg.quant is None else asdict(cfg.quant),
             "layout": variant.layer.layout,
             "tokens": variant.tokens,
             "aligned": variant.aligned,

@@ -106,7 +106,8 @@ class Variant:
 
     @property
     def needs_matrix(self) -> bool:
-        return "grouped" in self.kernel and self.layer.cfg.dtype != "float32"
+        units = "grouped" in self.kernel or "stream" in self.kernel
+        return units and self.layer.cfg.dtype != "float32"
 
     @property
     def needs_wide(self) -> bool:
