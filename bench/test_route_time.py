@@ -16,7 +16,7 @@ REPEATS = 20
 
 @pytest.fixture(scope="module")
 def runtime(matrix: Matrix) -> Iterator[Any]:
-    (layer,) = make_layers(matrix.usual, 1, tune="off", max_tokens=512, buckets=(1,))
+    (layer,) = make_layers(matrix.usual, 1, tune="off", max_tokens=512, buckets=(512,))
     with layer:
         yield layer
 
