@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from moert.backends import triton_tiles
+from moert.backends import int4_tiles, triton_tiles
 from moert.cli import compile
 from moert.cli.compile import BUCKETS, collect
 from moert.cli.compile_pool import Row, examine_all
@@ -25,8 +25,8 @@ from moert.cli.compile_variants import (
     planned_launches,
 )
 from moert.cli.main import main
-from moert.config import MoEConfig
-from moert.device import KNOWN_DEVICES
+from moert.config import MoEConfig, Quant
+from moert.device import KNOWN_DEVICES, DeviceFacts
 from moert.plan import STRATEGIES, Choice, Tile
 
 needs_compilers = pytest.mark.skipif(
@@ -221,7 +221,14 @@ SAMPLED = (
     MoEConfig(64, 4, 7168, 256, dtype="float16", bias=True),
     MoEConfig(64, 4, 2048, 512, dtype="float32"),
     MoEConfig(8, 2, 4096, 1024, gated=False),
+    MoEConfig(60, 4, 2048, 1408, quant=Quant("int4", 128)),
 )
+
+
+def shared_bytes(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> int:
+    if cfg.quant is not None:
+        return int4_tiles.shared_bytes(tile)
+    return triton_tiles.shared_bytes(tile, cfg, facts)
 
 
 def sampled_tiles(arch: str) -> list[Variant]:
@@ -232,14 +239,11 @@ def sampled_tiles(arch: str) -> list[Variant]:
         choices = [
             choice
             for tokens in (1, 16, 256, 4096)
-            for choice in triton_tiles.candidates(cfg, facts, tokens, STRATEGIES)
+            for choice in Layer(cfg).backend(arch).candidates(tokens, STRATEGIES)
             if choice.strategy != "one_shot"
         ]
         grouped = [choice for choice in choices if choice.strategy == "multi_phase"]
-        largest = max(
-            grouped,
-            key=lambda c: triton_tiles.shared_bytes(c.gate_up, cfg, facts),
-        )
+        largest = max(grouped, key=lambda c: shared_bytes(c.gate_up, cfg, facts))
         for choice in dict.fromkeys((largest, rng.choice(choices))):
             tokens = 1 if choice.strategy == "none" else 4096
             aligned = rng.random() < 0.75
