@@ -33,15 +33,33 @@ QWEN3_30B = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_s
 
 
 def contract_tests(part: dict[str, Any]) -> bool:
-    """Every test marked gpu."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    part["summary"] = lines[-1] if lines else done.stderr[-500:]
-    part["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode:
-        part["errors"] = [line for line in lines if line.startswith("E  ")][:40]
-    return done.returncode == 0
+    """Every test marked gpu, file by file, each with a line of its own as it ends."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    found = subprocess.run(
+        [*pytest, "--collect-only", "tests"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    files = dict.fromkeys(
+        line.split("::")[0] for line in found.stdout.splitlines() if line.startswith("tests/")
+    )
+    part |= {"files": {}, "failed": [], "errors": []}
+    for file in files:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*pytest, "--durations=3", file], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        lines = done.stdout.strip().splitlines()
+        summary = lines[-1] if lines else done.stderr[-500:]
+        part["files"][file] = summary
+        part["failed"] += [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        if done.returncode:
+            part["errors"] += [line for line in lines if line.startswith("E  ")][:20]
+        print(f"      {file}: {summary} ({time.perf_counter() - start:.0f} s)", flush=True)
+    counts = {
+        word: sum(map(int, re.findall(rf"(\d+) {word}", " ".join(part["files"].values()))))
+        for word in ("passed", "failed", "error")
+    }
+    part["summary"] = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
+    return counts["passed"] > 0 and not counts["failed"] and not counts["error"]
 
 
 def memory_checker(part: dict[str, Any]) -> bool:
@@ -223,15 +241,18 @@ def main() -> int:
         return 0
     facts = device_facts(torch.device("cuda", 0))
     summary: list[str] = []
+    out = args.out or ROOT / "bench" / "results" / facts.slug
+    out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "device": facts.name,
         "made_with": {"torch": torch.__version__, "triton": triton.__version__},
-        "parts": run_parts(PARTS, args.only, summary),
+        "parts": {},
     }
-    out = args.out or ROOT / "bench" / "results" / facts.slug
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "gpu_check.txt").write_text("\n".join(summary) + "\n")
+    for name in args.only or PARTS:
+        report["parts"] |= run_parts({name: PARTS[name]}, None, summary)
+        # written after every part: an interruption keeps what there is
+        (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / "gpu_check.txt").write_text("\n".join(summary) + "\n")
     return 0 if all(part["passed"] for part in report["parts"].values()) else 1
 
 
