@@ -1,4 +1,5 @@
-"""The runtimes of experts modules: made on demand, found by the addresses of the parameters they read."""
+"""The runtimes of experts modules and of whole blocks: made on demand, found by the addresses of the
+parameters they read."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from typing import Any
 
 import torch
 
+from moert.config import MoEConfig
 from moert.errors import StateError
-from moert.integrations.experts_module import describe, parameters
+from moert.integrations import block_module, experts_module
 from moert.plan import PlanReport
 from moert.runtime import MoERuntime
+from moert.weights import ExpertWeights
 
 log = logging.getLogger("moert")
 
@@ -58,6 +61,20 @@ _ENTRIES: weakref.WeakKeyDictionary[torch.nn.Module, Entry] = weakref.WeakKeyDic
 _BY_KEY: weakref.WeakValueDictionary[Key, Entry] = weakref.WeakValueDictionary()
 
 
+def parameters(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors that an experts module or a block computes with."""
+    if experts_module.is_experts_module(module):
+        return experts_module.parameters(module)
+    return block_module.block_parameters(module)
+
+
+def describe(module: torch.nn.Module, top_k: int) -> tuple[MoEConfig, ExpertWeights]:
+    """An experts module or a block as a config and weights; raises what their own `describe` raise."""
+    if experts_module.is_experts_module(module):
+        return experts_module.describe(module, top_k)
+    return block_module.describe_block(module, top_k)
+
+
 def key_of(params: list[torch.Tensor], top_k: int) -> Key:
     """What a runtime depends on: K, then dtype, device, shape of w13 and the address of every parameter."""
     first = params[0]
@@ -92,6 +109,11 @@ def wish(module: torch.nn.Module, options: dict[str, Any]) -> None:
             _drop(module)
 
 
+def drop(module: torch.nn.Module) -> None:
+    """Close a module's runtime, if it has one."""
+    _drop(module)
+
+
 def make(module: torch.nn.Module, top_k: int) -> Entry:
     """The entry of a module for its present parameters, built unless it is there.
 
@@ -100,12 +122,14 @@ def make(module: torch.nn.Module, top_k: int) -> Entry:
     """
     with _LOCK:
         wishes = _KNOWN.setdefault(module, _Wishes())
+        if not experts_module.is_experts_module(module):
+            _settle(module)
         key = key_of(parameters(module), top_k)
         entry = _ENTRIES.get(module)
         if entry is None or entry.key != key:
             _refuse_capture(module)
             _count_build(module, wishes)
-            owner = getattr(module, "config", module)
+            owner = _owner(module)
             _drop_stale(owner)
             _drop(module)
             # what surrounds a first forward must not show in buffers that outlive it: those made in inference
@@ -129,6 +153,19 @@ def _build(module: torch.nn.Module, key: Key, owner: object, options: dict[str, 
             runtime = MoERuntime(cfg, weights, share=other.runtime)
             return Entry(runtime, key, owner, options, other.group)
     return Entry(MoERuntime(cfg, weights, **options), key, owner, options, object())
+
+
+def _owner(module: Any) -> object:
+    """The config object that all layers of a model hold; a block's is that of its experts."""
+    experts = module if experts_module.is_experts_module(module) else module.experts
+    return getattr(experts, "config", module)
+
+
+def _settle(module: torch.nn.Module) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # a runtime that would have to be built is refused anyway
+    with torch.inference_mode(False), torch.no_grad():
+        block_module.settle(module)
 
 
 def _count_build(module: torch.nn.Module, wishes: _Wishes) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from moert.errors import ConfigError, InputError, StateError, UnsupportedError
 from moert.integrations import experts_runtimes as runtimes
+from moert.integrations.blocks import blocks_in, release, take_over
 from moert.integrations.experts_module import (
     activation_dtype,
     is_experts_module,
@@ -85,7 +86,9 @@ def load(
     return load_model(path, device, dtype, options)
 
 
-def prepare(model: torch.nn.Module, *, top_k: int | None = None, **options: Any) -> Prepared:
+def prepare(
+    model: torch.nn.Module, *, top_k: int | None = None, blocks: bool = False, **options: Any
+) -> Prepared:
     """Build, tune and capture the runtimes of all experts modules of a model now.
 
     Layers of equal geometry share one arena and one set of plans. The model is switched to
@@ -95,11 +98,16 @@ def prepare(model: torch.nn.Module, *, top_k: int | None = None, **options: Any)
     Args:
         model: a transformers model, or a module that contains experts modules.
         top_k: K, where the model's config does not tell.
+        blocks: whole blocks, router and shared experts too, where they are nothing else: each is first
+            compared with its own forward. The parameters of experts beside shared ones become views of
+            tensors that hold both. A block runs its own forward where moert cannot take its place: while it
+            is compiled, trained, or has hooks inside, as once router logits were asked for.
         options: of `MoERuntime`: backend, buckets, graphs, max_tokens, sort_policy, tune. They hold for
             later rebuilds of these layers, too.
 
     Raises:
-        UnsupportedError: no experts module inside, or one that moert cannot compute.
+        UnsupportedError: no experts module inside, or one, or with blocks=True a block, that moert cannot
+            compute.
         ConfigError: an unknown option, or whatever `MoERuntime` raises. No runtime is left behind.
     """
     unknown = sorted(set(options) - set(OPTIONS))
@@ -108,22 +116,34 @@ def prepare(model: torch.nn.Module, *, top_k: int | None = None, **options: Any)
             f"prepare: unknown option(s) {', '.join(unknown)}; known: {', '.join(OPTIONS)}"
         )
     register()
-    modules = [module for module in model.modules() if is_experts_module(module)]
-    if not modules:
+    experts = [module for module in model.modules() if is_experts_module(module)]
+    if not experts:
         raise UnsupportedError(
             f"{type(model).__name__}: no module whose forward transformers' experts interface chooses"
         )
+    modules = blocks_in(model) if blocks else experts
+    for module in model.modules():
+        release(module)
+        if module not in modules:
+            runtimes.drop(
+                module
+            )  # of the experts inside what is now a block, or the other way round
     # all former ones go first, so that two arenas are never there at the same time
     for module in modules:
         runtimes.wish(module, options)
     prepared = Prepared(modules)
     try:
         for module in modules:
-            runtimes.make(module, top_k or top_k_of(module))
+            if blocks:
+                take_over(module, top_k or top_k_of(module.experts))
+            else:
+                runtimes.make(module, top_k or top_k_of(module))
         switch = getattr(model, "set_experts_implementation", None)
         if switch is not None:
             switch(NAME)
     except BaseException:
+        for module in modules:
+            release(module)
         prepared.close()
         raise
     return prepared
