@@ -170,7 +170,8 @@ def sort_launches(
             grid,
             {**outputs, **masked, **counts, **totals},
             {**sizes, **rest, "EXPERTS": PADDED_EXPERTS},
-            _warps(128, facts),
+            # where experts are padded, 4 warps spill two registers on NVIDIA
+            _warps(256 if facts.kind == "cuda" and experts > num_experts else 128, facts),
         ),
     ]
     return in_a_row(phases, dependent)
@@ -186,8 +187,8 @@ def _one_shot(
     options = {}
     if facts.arch == "sm_90" and sizes["BM"] > 64:
         share = min(share, 8)  # 16 spill
-    elif facts.kind == "cuda" and facts.arch != "sm_90":
-        # the compiler would rather spill a register or two and have more warps (sm_80, sm_100)
+    if facts.kind == "cuda" and (facts.arch != "sm_90" or sizes["EP"] > sizes["E"]):
+        # the compiler would rather spill a register or two and have more warps
         options = {"maxnreg": 128}
 
     def grid(rows: int) -> tuple[int, int, int]:
