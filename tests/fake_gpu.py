@@ -213,21 +213,21 @@ class FakeBackend(Backend):
     def block_fields(self, cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
         return slot_fields(cfg, rows)
 
-    def block_steps(self, *_: Any) -> BlockSteps:
-        return FakeSteps(self.gpu)
+    def block_steps(self, cfg: MoEConfig, rows: int, *_: Any) -> BlockSteps:
+        return FakeSteps(self.gpu, rows)
 
 
 class FakeSteps(BlockSteps):
-    """Notes in the log that it was called, and the stream."""
+    """Notes in the log that it was called, and the stream; `rows`: for how many it was made."""
 
-    def __init__(self, gpu: FakeGpu) -> None:
-        self.gpu = gpu
+    def __init__(self, gpu: FakeGpu, rows: int) -> None:
+        self.gpu, self.rows = gpu, rows
 
     def route(self, call: Call, stream: int, labels: Labels) -> None:
-        self.gpu.log.append(f"route {call.tokens} on {self.gpu.names[stream]}")
+        self.gpu.log.append(f"route {call.tokens} of {self.rows} on {self.gpu.names[stream]}")
 
     def take(self, call: Call, stream: int, labels: Labels) -> None:
-        self.gpu.log.append(f"take {call.tokens} on {self.gpu.names[stream]}")
+        self.gpu.log.append(f"take {call.tokens} of {self.rows} on {self.gpu.names[stream]}")
 
 
 class FakeRouter(Router):

@@ -42,12 +42,12 @@ def run(layer: DeviceExecutor, tokens: int, routed: bool = False) -> None:
 def test_on_the_callers_stream_before_the_graph(gpu: FakeGpu) -> None:
     layer, other = made(gpu), gpu.stream("other", 0x5001)
     run(layer, 2)
-    assert gpu.log == ["route 2 on null", "graph on blocking"]
+    assert gpu.log == ["route 2 of 12 on null", "graph on blocking"]
     gpu.log.clear()
     with gpu.on(other):
         run(layer, 3, routed=True)
     waits = ["record null", "other waits for event of null"]
-    assert gpu.log == [*waits, "take 3 on other", "graph on other"]
+    assert gpu.log == [*waits, "take 3 of 12 on other", "graph on other"]
 
 
 def test_a_capture_has_rows_of_its_own_and_waits_for_nothing(gpu: FakeGpu) -> None:
@@ -59,7 +59,7 @@ def test_a_capture_has_rows_of_its_own_and_waits_for_nothing(gpu: FakeGpu) -> No
         graph.capture_begin(None, "")
         run(layer, 2)
         graph.capture_end()
-    assert gpu.log == ["route 2 on other"] and len(graph.captured) == 2
+    assert gpu.log == ["route 2 of 8 on other"] and len(graph.captured) == 2
     assert layer.counts["captured"] == 1
     group = layer.group
     own, foreign = (group.block_for(flag).slots(2) for flag in (False, True))
