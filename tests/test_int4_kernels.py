@@ -110,7 +110,7 @@ def test_codes_widened_by_a_magic_exponent(
 @pytest.mark.parametrize(
     ("live", "pad"), [(None, "keep"), (0, "zero"), (1, "keep"), (1, "zero"), (5, "keep")]
 )
-@pytest.mark.parametrize("tiles", ["direct", "grouped", "multi-phase"])
+@pytest.mark.parametrize("tiles", ["direct, more rows than there are", "grouped", "multi-phase"])
 def test_rows_that_are_not_there(tiles: str, live: int | None, pad: str) -> None:
     """A bucket of 4, a call of 2 rows, `live` of them: NaN and anybody's ids behind, none of it read."""
     name = "g32, zero points"

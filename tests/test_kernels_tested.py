@@ -86,7 +86,7 @@ def checked(choice: Choice, int4: bool, monkeypatch: pytest.MonkeyPatch) -> list
     weights = make_weights(cfg, "plain")
     if int4:
         # the widest step lies within a group, and neither size is a whole number of steps
-        cfg = MoEConfig(4, 3, 200, 72, dtype="float32", quant=Quant("int4", 128))
+        cfg = MoEConfig(3, 2, 136, 24, dtype="float32", quant=Quant("int4", 128))
         weights = ExpertWeights.random(cfg)
     backend = TritonBackend(cfg, weights, device_facts(CPU))
     if GPU_ONLY.keys() & set(backend.kernels(TOKENS, choice)):

@@ -35,7 +35,7 @@ def in_threads(work: Any, arguments: list[Any]) -> list[BaseException]:
     return errors
 
 
-@pytest.mark.parametrize(("backend", "calls"), [("torch", 60), ("triton", 3)])
+@pytest.mark.parametrize(("backend", "calls"), [("torch", 60), ("triton", 2)])
 def test_threads_on_runtimes_that_share(backend: str, calls: int) -> None:
     """One arena, several threads, each with its own tensors and out."""
     first = make_runtime(backend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tuning_fakes import FAST, PHASED, FakeBackend, FakeProbes, fake_store, tune
+from tuning_fakes import FAST, PHASED, FakeBackend, FakeProbes, fake_store, fresh_processes, tune
 
 from moert.errors import StateError
 
@@ -40,7 +39,7 @@ def finish(processes: list[Any]) -> None:
 
 
 def test_two_processes_at_once_measure_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes()
     barrier, results = context.Barrier(2), context.Queue()
     processes = [
         context.Process(target=start_up, args=(tmp_path, barrier, results)) for _ in range(2)
@@ -80,7 +79,7 @@ def raise_disk_full() -> None:
 
 
 def test_rank_0_decides(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes()
     results = context.Queue()
     processes = [
         context.Process(target=rank, args=(number, tmp_path, results)) for number in (0, 1)

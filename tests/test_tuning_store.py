@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from tuning_fakes import CFG, DEFAULT, FACTS, FAST, MADE_WITH, fake_record, fake_store
+from tuning_fakes import (
+    CFG,
+    DEFAULT,
+    FACTS,
+    FAST,
+    MADE_WITH,
+    fake_record,
+    fake_store,
+    fresh_processes,
+)
 
 from moert.config import MoEConfig
 from moert.tuning import store as store_module
@@ -229,7 +237,7 @@ def write_many(folder: Path, first: int) -> None:
 
 
 def test_two_writers_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes()
     writers = [context.Process(target=write_many, args=(tmp_path, first)) for first in (1, 101)]
     for writer in writers:
         writer.start()

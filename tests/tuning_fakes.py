@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -216,3 +217,10 @@ def tune(
 
 
 assert {choice.strategy for choice in CHOICES} == set(STRATEGIES)
+
+
+def fresh_processes() -> Any:
+    """Where processes come from that share nothing with this one; torch is imported once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tuning_fakes"])
+    return context
