@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton")
 import triton
+from compile_samples import SMALL, sampled_sorts, sampled_streams, sampled_tiles, stream_bytes
 
-from moert.backends import int4_tiles, triton_tiles
+from moert.backends import triton_tiles
 from moert.cli import compile
 from moert.cli.compile import BUCKETS, collect
 from moert.cli.compile_pool import Row, examine_all
@@ -22,17 +22,15 @@ from moert.cli.compile_variants import (
     Layer,
     Variant,
     layouts_of,
-    planned_launches,
 )
 from moert.cli.main import main
-from moert.config import MoEConfig, Quant
-from moert.device import KNOWN_DEVICES, DeviceFacts
-from moert.plan import STRATEGIES, Choice, Tile
+from moert.config import MoEConfig
+from moert.device import KNOWN_DEVICES
+from moert.plan import Choice, Tile
 
 needs_compilers = pytest.mark.skipif(
     not triton.backends.backends.keys() >= {"amd", "nvidia"}, reason="no compilers"
 )
-SMALL = MoEConfig(32, 4, 2048, 768)
 GOOD = Resources(64, 0, 30, 0, 0, 0, 32768, 4, 8, 16)
 
 AMDGCN = """
@@ -216,63 +214,19 @@ def test_whatever_a_plan_may_choose_unless_told_otherwise(
     assert choices > {default} if everything else choices == {default}
 
 
-SAMPLED = (
-    MoEConfig(64, 6, 1000, 500),
-    MoEConfig(64, 4, 7168, 256, dtype="float16", bias=True),
-    MoEConfig(64, 4, 2048, 512, dtype="float32"),
-    MoEConfig(8, 2, 4096, 1024, gated=False),
-    MoEConfig(60, 4, 2048, 1408, quant=Quant("int4", 128)),
-)
-
-
-def shared_bytes(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> int:
-    if cfg.quant is not None:
-        return int4_tiles.shared_bytes(tile)
-    return triton_tiles.shared_bytes(tile, cfg, facts)
-
-
-def sampled_tiles(arch: str) -> list[Variant]:
-    """The candidate that needs most shared memory and one more, grouped and direct, of several layers."""
-    rng, facts = random.Random(arch), KNOWN_DEVICES[arch]
-    found = []
-    for cfg in SAMPLED:
-        choices = [
-            choice
-            for tokens in (1, 16, 256, 4096)
-            for choice in Layer(cfg).backend(arch).candidates(tokens, STRATEGIES)
-            if choice.strategy != "one_shot"
-        ]
-        grouped = [choice for choice in choices if choice.strategy == "multi_phase"]
-        largest = max(grouped, key=lambda c: shared_bytes(c.gate_up, cfg, facts))
-        for choice in dict.fromkeys((largest, rng.choice(choices))):
-            tokens = 1 if choice.strategy == "none" else 4096
-            aligned = rng.random() < 0.75
-            launches = planned_launches(Layer(cfg).backend(arch), tokens, choice, aligned)
-            found += [
-                Variant(arch, Layer(cfg), tokens, choice, index, aligned, launch.name)
-                for index, launch in enumerate(launches)
-                if launch.name.startswith(("gate_up", "down"))
-            ]
-    return found
-
-
-def sampled_sorts(arch: str) -> list[Variant]:
-    """Where registers are scarcest: many rows at once, tall blocks, experts that are no power of two."""
-    found = []
-    for cfg, bm in ((SMALL, 128), (MoEConfig(60, 4, 2048, 1408), 32)):
-        tile = Tile(bm, 64, 32, 4, 2)
-        choice = Choice("one_shot", tile, tile, KNOWN_DEVICES[arch].dependent_launch)
-        found.append(Variant(arch, Layer(cfg), 1024, choice, 0, True, "sort_one_shot_kernel"))
-    return found
-
-
 @needs_compilers
 def test_what_tuning_may_choose_has_no_problem() -> None:
-    sampled = [v for arch in KNOWN_DEVICES for v in (*sampled_tiles(arch), *sampled_sorts(arch))]
-    rows = compiled(*sampled)
+    samples = (sampled_tiles, sampled_sorts, sampled_streams)
+    rows = compiled(*(v for arch in KNOWN_DEVICES for sample in samples for v in sample(arch)))
     bad = {
         (v.arch, v.kernel, v.tile, v.aligned, v.layer.cfg): row.problems
         for v, row in rows.items()
         if row.problems
     }
     assert bad == {}
+    streams = {v: row.resources for v, row in rows.items() if "stream" in v.kernel}
+    assert len(streams) >= 24
+    for variant, found in streams.items():
+        # never more than is planned with; nor much less, or choices would be refused that fit
+        assert found is not None
+        assert found.shared <= stream_bytes(variant) <= 1.5 * found.shared, variant

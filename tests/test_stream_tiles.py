@@ -20,11 +20,9 @@ from moert.backends.stream_tiles import (
 )
 from moert.backends.triton import TritonBackend
 from moert.cli.absent import absent_weights
-from moert.cli.compile_pool import Row, examine_all
-from moert.cli.compile_variants import Layer, Variant
 from moert.config import MoEConfig, Quant
 from moert.device import KNOWN_DEVICES, DeviceFacts, device_facts
-from moert.plan import STRATEGIES, Choice, Tile
+from moert.plan import STRATEGIES, Tile
 from moert.quantization.int4_layout import Int4Matrix
 from moert.steps.streaming.shape import StreamShape
 from moert.weights import ExpertWeights
@@ -230,47 +228,3 @@ def test_streams_are_offered_where_experts_have_few_rows() -> None:
     assert [offered(INT4, tokens) for tokens in (1, 64, 2048)] == [True, True, False]
     plain = replace(INT4, quant=None)
     assert [offered(plain, tokens) for tokens in (1, 64, 2048)] == [True, True, False]
-
-
-def gemms(arch: str, name: str) -> list[Variant]:
-    """The two streams of the first direct choice and of the first sorted one."""
-    cfg = CONFIGS[name]
-    direct = next(direct_choices(cfg, KNOWN_DEVICES[arch]))
-    grouped = next(grouped_choices(cfg, KNOWN_DEVICES[arch], "one_shot", 2.0))
-    return [
-        *variants(arch, cfg, direct, ("gate_up_direct_stream_kernel", "down_direct_stream_kernel")),
-        *variants(
-            *(arch, cfg, grouped),
-            ("", "gate_up_grouped_stream_kernel", "down_grouped_stream_kernel"),
-        ),
-    ]
-
-
-def variants(arch: str, cfg: MoEConfig, choice: Choice, names: tuple[str, ...]) -> list[Variant]:
-    return [
-        Variant(arch, Layer(cfg), 8, choice, index, True, name)
-        for index, name in enumerate(names)
-        if name
-    ]
-
-
-def used(row: Row) -> tuple[int, int]:
-    """Shared memory that the compiled kernel has, and what its shape says."""
-    assert row.resources is not None, row.problems
-    variant = row.variant
-    assert variant.choice is not None
-    up, direct = "gate_up" in variant.kernel, "direct" in variant.kernel
-    tile = variant.choice.gate_up if up else variant.choice.down
-    assert tile is not None
-    shape = stream_shape(variant.layer.cfg, tile, up=up, direct=direct)
-    return row.resources.shared, shape.shared_bytes(direct)
-
-
-def test_shared_memory_is_never_more_than_the_shape_says() -> None:
-    """Of compiled kernels; nor much less, or choices would be refused that fit."""
-    chosen = [*gemms("sm_80", "g32, zero points"), *gemms("sm_90", "16 bits, odd")]
-    rows = list(examine_all(chosen, 2))
-    assert [row.problems for row in rows] == [()] * len(chosen)
-    for row in rows:
-        real, said = used(row)
-        assert real <= said <= 1.5 * real, row.variant

@@ -1,0 +1,86 @@
+"""Kernels that plans may name, a few of each kind, to be compiled for every known device."""
+
+from __future__ import annotations
+
+import random
+
+from moert.backends import int4_tiles, triton_tiles
+from moert.backends.stream_tiles import direct_choices, grouped_choices, stream_shape
+from moert.cli.compile_variants import Layer, Variant, planned_launches
+from moert.config import MoEConfig, Quant
+from moert.device import KNOWN_DEVICES, DeviceFacts
+from moert.plan import STRATEGIES, Choice, Tile
+
+SMALL = MoEConfig(32, 4, 2048, 768)
+SAMPLED = (
+    MoEConfig(64, 6, 1000, 500),
+    MoEConfig(64, 4, 7168, 256, dtype="float16", bias=True),
+    MoEConfig(64, 4, 2048, 512, dtype="float32"),
+    MoEConfig(8, 2, 4096, 1024, gated=False),
+    MoEConfig(60, 4, 2048, 1408, quant=Quant("int4", 128)),
+)
+
+
+def shared_bytes(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> int:
+    if cfg.quant is not None:
+        return int4_tiles.shared_bytes(tile)
+    return triton_tiles.shared_bytes(tile, cfg, facts)
+
+
+def sampled_tiles(arch: str) -> list[Variant]:
+    """The candidate that needs most shared memory and one more, grouped and direct, of several layers."""
+    rng, facts = random.Random(arch), KNOWN_DEVICES[arch]
+    found = []
+    for cfg in SAMPLED:
+        choices = [
+            choice
+            for tokens in (1, 16, 256, 4096)
+            for choice in Layer(cfg).backend(arch).candidates(tokens, STRATEGIES)
+            if choice.strategy != "one_shot"
+        ]
+        grouped = [choice for choice in choices if choice.strategy == "multi_phase"]
+        largest = max(grouped, key=lambda c: shared_bytes(c.gate_up, cfg, facts))
+        for choice in dict.fromkeys((largest, rng.choice(choices))):
+            tokens = 1 if choice.strategy == "none" else 4096
+            aligned = rng.random() < 0.75
+            launches = planned_launches(Layer(cfg).backend(arch), tokens, choice, aligned)
+            found += [
+                Variant(arch, Layer(cfg), tokens, choice, index, aligned, launch.name)
+                for index, launch in enumerate(launches)
+                if launch.name.startswith(("gate_up", "down"))
+            ]
+    return found
+
+
+def sampled_sorts(arch: str) -> list[Variant]:
+    """Where registers are scarcest: many rows at once, tall blocks, experts that are no power of two."""
+    found = []
+    for cfg, bm in ((SMALL, 128), (MoEConfig(60, 4, 2048, 1408), 32)):
+        tile = Tile(bm, 64, 32, 4, 2)
+        choice = Choice("one_shot", tile, tile, KNOWN_DEVICES[arch].dependent_launch)
+        found.append(Variant(arch, Layer(cfg), 1024, choice, 0, True, "sort_one_shot_kernel"))
+    return found
+
+
+def sampled_streams(arch: str) -> list[Variant]:
+    """The first direct choice and the first sorted one, of rows that are no whole steps."""
+    found, facts = [], KNOWN_DEVICES[arch]
+    for quant in (Quant("int4", 32, symmetric=False), None):
+        cfg = MoEConfig(24, 3, 528, 208, dtype="float16", quant=quant)
+        firsts = (direct_choices(cfg, facts), grouped_choices(cfg, facts, "one_shot", 2.0))
+        for choice in (next(choices) for choices in firsts if facts.kind == "cuda"):
+            launches = planned_launches(Layer(cfg).backend(arch), 8, choice, True)
+            found += [
+                Variant(arch, Layer(cfg), 8, choice, index, True, launch.name)
+                for index, launch in enumerate(launches)
+                if "stream" in launch.name
+            ]
+    return found
+
+
+def stream_bytes(variant: Variant) -> int:
+    """Shared memory that the shape of a streaming kernel says."""
+    up, direct = "gate_up" in variant.kernel, "direct" in variant.kernel
+    assert variant.gemm_tile is not None
+    shape = stream_shape(variant.layer.cfg, variant.gemm_tile, up=up, direct=direct)
+    return shape.shared_bytes(direct)
