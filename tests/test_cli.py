@@ -148,7 +148,24 @@ def test_plan_here_counts_what_a_runtime_holds(capsys: Capture) -> None:
     assert plans == [(p.tokens, p.captured, list(p.kernels)) for p in report]
     router = cfg.num_experts * cfg.hidden_size * 4  # random weights bring a router along
     assert found["memory"]["weights"] == held["weights"] - router
-    for name in ("arena", "capture_arena", "results"):
+    for name in ("arena", "capture_arena", "results", "block"):
+        assert found["memory"][name] == held[name], name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans of this machine are those of its GPU")
+def test_plan_of_a_layer_with_shared_experts(
+    capsys: Capture, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """E + n experts in the launches, K columns in what routing returns."""
+    from moert import MoERuntime
+
+    path = str(tiny_checkpoint("deepseek_v3"))
+    found = answer(capsys, "plan", path, "--max-tokens", "24")
+    with MoERuntime(path, layer=1, max_tokens=24) as rt:
+        held = rt.memory()
+        scratch = [plan.scratch_bytes for plan in rt.plan()]
+    assert [plan["scratch_bytes"] for plan in found["plans"]] == scratch
+    for name in ("arena", "capture_arena", "results", "block"):
         assert found["memory"][name] == held[name], name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,16 @@ def test_a_policy_is_kept_to(
 def test_without_a_gpu_it_says_what_else_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(SHAPE) == 1
     assert "moert plan --device ARCH" in capsys.readouterr().err
+
+
+def test_records_are_of_what_is_launched(
+    probes: FakeProbes,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """With shared experts that is E + n experts and K + n slots, as a runtime looks it up."""
+    path = str(tiny_checkpoint("deepseek_v3"))
+    words = ["--buckets", "1", "--max-tokens", "2", "--out", str(tmp_path)]
+    found = answer(capsys, "tune", path, *words)
+    assert Path(found["records"]).name.startswith("E17-K5-H64-I96-")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    cfg = config_of(args.layer, layer_options(args))
+    # the routed experts: what peers' figures are of
+    cfg = replace(config_of(args.layer, layer_options(args)), shared_experts=0, shared_gate=False)
     before = None if args.compare is None else read(args.compare, cfg)
     counts = sorted(set(args.tokens))
     with LayerTimes(cfg, counts, backend=args.backend, tune=args.tune) as layers:

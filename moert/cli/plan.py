@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moert.arena import layout
 from moert.backends.base import Backend
 from moert.backends.registry import select_backend
 from moert.build import plan_options, plan_sizes
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         options = replace(options, graphs="host")
     backend = kind(launched, absent_weights(cfg), facts)
     report = make_report(backend, options, env, notes)
-    memory = memory_of(backend, options, report)
+    memory = memory_of(cfg, backend, options, report)
     if args.json:
         print_json(to_json(cfg, facts, report, memory))
         return 0
@@ -133,8 +134,10 @@ def make_report(
     return PlanReport(backend.name, backend.same_bits, options.graphs, notes, tuple(plans))
 
 
-def memory_of(backend: Backend, options: Options, report: PlanReport) -> dict[str, int]:
-    """Bytes as `MoERuntime.memory` counts them; graphs cost what only their device can tell."""
+def memory_of(
+    cfg: MoEConfig, backend: Backend, options: Options, report: PlanReport
+) -> dict[str, int]:
+    """Bytes as `MoERuntime.memory` counts them, with a router; graphs cost what their device alone can tell."""
     largest = options.buckets[-1]
     joins = options.graphs != "off"
     meta = torch.device("meta")
@@ -145,7 +148,8 @@ def memory_of(backend: Backend, options: Options, report: PlanReport) -> dict[st
         "capture_arena": max(p.scratch_bytes for p in report if p.tokens <= largest)
         if joins
         else 0,
-        "results": sum(ResultBuffers(backend.cfg, meta, count).nbytes for count in rows),
+        "results": sum(ResultBuffers(cfg, meta, count).nbytes for count in rows),
+        "block": sum(layout(backend.block_fields(cfg, count))[1] for count in rows if count),
     }
     return {**sizes, "total": sum(sizes.values())}
 

@@ -86,8 +86,9 @@ def tune(cfg: MoEConfig, args: argparse.Namespace) -> tuple[PlanReport, Path]:
         sort_policy=args.sort_policy,
         tune="force" if args.force else "auto",
     )
-    kind, notes = select_backend(args.backend, cfg, facts)
-    backend = kind(cfg, ExpertWeights.random(cfg, device=place), facts)
+    launched = cfg.as_launched
+    kind, notes = select_backend(args.backend, launched, facts)
+    backend = kind(launched, ExpertWeights.random(launched, device=place), facts)
     folder = args.out or env.tuning_dir
     said = [*notes, *backend.notes]
     plans = plan_buckets(
@@ -98,7 +99,7 @@ def tune(cfg: MoEConfig, args: argparse.Namespace) -> tuple[PlanReport, Path]:
         tuning_dir=folder,
         notes=said,
     )
-    name = geometry(cfg, backend.weights, backend.name)
+    name = geometry(launched, backend.weights, backend.name)
     path = directories(folder)[0][0] / facts.slug / f"{name}.json"
     report = PlanReport(backend.name, backend.same_bits, options.graphs, tuple(said), plans)
     return report, path
