@@ -137,7 +137,7 @@ def make_report(
 def memory_of(
     cfg: MoEConfig, backend: Backend, options: Options, report: PlanReport
 ) -> dict[str, int]:
-    """Bytes as `MoERuntime.memory` counts them, with a router; graphs cost what their device alone can tell."""
+    """Bytes as `MoERuntime.memory` counts them, with a router; graphs cost what only a device tells."""
     largest = options.buckets[-1]
     joins = options.graphs != "off"
     meta = torch.device("meta")
