@@ -209,6 +209,8 @@ def test_the_stand_in_has_the_signatures_of_the_wheel() -> None:
     recorded = json.loads((Path(__file__).parent / "aiter_signatures.json").read_text())[
         "operators"
     ]
+    # test_aiter_router has the table for this one
+    assert recorded.pop("_topk_softmax") is None
     for name, wanted in recorded.items():
         if wanted is None:
             continue

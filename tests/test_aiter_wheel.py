@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
 
-from aiter_signatures import OPERATORS, signatures  # noqa: E402
+from aiter_signatures import OPERATORS, signature, signatures  # noqa: E402
 
 RECORD = json.loads((ROOT / "tests" / "aiter_signatures.json").read_text())
 NAME, VERSION = RECORD["source"].split()
@@ -56,6 +57,20 @@ def test_the_sort_allocates_only_what_a_policy_needs(wheel: Path) -> None:
     assert size in " ".join(body.split())
     condition, _, allocation = body.partition("if(workspace_size > 0)")
     assert "torch::empty" not in condition and "torch::empty" in allocation
+
+
+def test_what_routes_in_the_wheel_makes_its_scratch_itself(wheel: Path) -> None:
+    """`topk_softmax` takes none; `_topk_softmax`, which does, is not there: our kernel routes."""
+    with zipfile.ZipFile(wheel) as archive:
+        tree = ast.parse(archive.read("aiter/ops/moe_op.py"))
+        names = [n for n in archive.namelist() if n.endswith("kernels/topk_softmax_kernels.cu")]
+        source = archive.read(names[0]).decode()
+    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    assert "_topk_softmax" not in functions
+    assert [name for name, _ in signature(functions["topk_softmax"])] == [
+        *("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "need_renorm")
+    ]
+    assert "torch::empty({workspace_size}" in source.partition("void topk_softmax(")[2]
 
 
 def test_parsing(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@
     ck_moe_stage1    gate/up GEMM and activation
     ck_moe_stage2    down GEMM, rows weighted and added to `out`
 
+`route` calls AITER's `_topk_softmax` where that keeps our rule (`aiter_router`).
+
 AITER's sort takes any id for an index, so an id outside 0..E-1 must not reach it. Ours gives such rows,
 and those of tokens that are not live, the id E; the sort is told of E + 1 experts and a mask without the
 last, its means for experts of other machines: masked rows are in no list of rows, so no GEMM reads them.
@@ -27,6 +29,7 @@ import torch
 
 from moert.arena import Field
 from moert.backends.aiter_ops import AiterOps, find_aiter
+from moert.backends.aiter_router import make_router
 from moert.backends.aiter_sequences import (
     POLICY,
     Packed,
@@ -70,6 +73,7 @@ class AiterBackend(Backend):
         # kernels of ours run where the tensors are
         self.triton = TritonBackend(cfg, weights, device_facts(weights.device))
         self._workspaces = [0]
+        self._routed_by: tuple[str, ...] = ()
 
     @staticmethod
     def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
@@ -107,7 +111,7 @@ class AiterBackend(Backend):
         ]
         if self.ops.sort_workspace is None:
             notes.append(f"multi_phase: refused, {_ALLOCATES}")
-        return tuple(notes)
+        return (*notes, *self._routed_by)
 
     @property
     def packed_bytes(self) -> int:
@@ -168,7 +172,11 @@ class AiterBackend(Backend):
         no_limit: torch.Tensor,
         kernel_cache: dict[Any, Any],
     ) -> Router:
-        return self.triton.router(cfg, max_tokens, no_limit, kernel_cache)
+        ours = self.triton.router(cfg, max_tokens, no_limit, kernel_cache)
+        device = self.weights.device
+        router, note = make_router(self.ops.route, cfg, max_tokens, ours, device, kernel_cache)
+        self._routed_by = (note,)
+        return router
 
     def block_fields(self, cfg: MoEConfig, rows: int) -> tuple[Field, ...]:
         return self.triton.block_fields(cfg, rows)

@@ -29,6 +29,10 @@ GEMM = (
     *("block_m", "sorted_weights", "quant_type", "activation"),
 )
 SHUFFLE = ("x",)
+ROUTE = (
+    *("topk_weights", "topk_indices", "token_expert_indices", "gating_output"),
+    *("softmax_workspace", "need_renorm"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,14 @@ class AiterOps:
         sort_workspace: bytes of scratch for (tokens, experts, K, policy); None where the sort allocates its
             scratch itself.
         shuffle: a matrix [N, K] in the order that the GEMMs read, marked by an attribute `is_shuffled`.
+        route: `_topk_softmax`, or the reason why it cannot be called.
     """
 
     module: Any
     sort: Callable[..., Any]
     sort_workspace: Callable[..., int] | None
     shuffle: Callable[..., torch.Tensor]
+    route: Callable[..., Any] | str
 
     @property
     def sort_name(self) -> str:
@@ -93,11 +99,24 @@ def _found(module: Any, operators: Mapping[str, tuple[str, ...]]) -> AiterOps | 
         module, "moe_sorting_opus_get_workspace_size", SORT_WORKSPACE
     )
     if opus is None:
-        workspace = module.moe_sorting_opus_get_workspace_size
-        return AiterOps(module, module.moe_sorting_opus_fwd, workspace, shuffle.shuffle_weight)
+        sort, workspace = module.moe_sorting_opus_fwd, module.moe_sorting_opus_get_workspace_size
+        return AiterOps(module, sort, workspace, shuffle.shuffle_weight, _route())
     if lack := _lacks(module, "moe_sorting_fwd", SORT):
         return lack
-    return AiterOps(module, module.moe_sorting_fwd, None, shuffle.shuffle_weight)
+    return AiterOps(module, module.moe_sorting_fwd, None, shuffle.shuffle_weight, _route())
+
+
+def _route() -> Callable[..., Any] | str:
+    """The routing operator that allocates nothing, or why there is none: the layer does without."""
+    try:
+        # the package itself exports no names with an underscore
+        operators = importlib.import_module("aiter.ops.moe_op")
+        if lack := _lacks(operators, "_topk_softmax", ROUTE):
+            return lack
+        operator: Callable[..., Any] = operators._topk_softmax
+        return operator
+    except Exception as error:
+        return f"aiter.ops.moe_op does not import: {_said(error)}"
 
 
 def _lacks(module: Any, name: str, wanted: tuple[str, ...]) -> str | None:
