@@ -89,8 +89,16 @@ def check(name: str, choice: Choice, case: Case) -> None:
     assert relative_error(case.out, expected) < TOLERANCE[case.out.dtype]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("tiles", CHOICES)
+# one sort or the other precedes the same kernels
+PAIRS = [
+    (tiles, name)
+    for tiles in CHOICES
+    for name in LAYERS
+    if tiles != "multi-phase" or name in ("g32", "order, half, ungated", "exact")
+]
+
+
+@pytest.mark.parametrize(("tiles", "name"), PAIRS)
 def test_every_row_of_every_step(tiles: str, name: str) -> None:
     cfg = LAYERS[name]
     check(name, make_choice(cfg, tiles), make_case(cfg, TOKENS, strange=0.3, wide=1))
