@@ -4,7 +4,8 @@ The rules are those of the published models as transformers 5.23 runs them: Mixt
 (softmax), gpt-oss (softmax_topk), DeepSeek-V2 (softmax, best groups by their best expert), DeepSeek-V3,
 GLM-4, MiniMax-M2 (sigmoid, correction bias, groups by their best two), DeepSeek-V4 (sqrtsoftplus).
 
-What those leave open is settled here, and every implementation follows:
+What those leave open is settled here, and every implementation follows (but for logits that are not finite
+where AITER's operator routes, as `plan()` says):
 
 - A NaN logit counts as -inf, +inf as the largest finite number. An expert of logit -inf has score 0 under
   every scoring, and a token whose K chosen scores are all 0 gets weights of 0: it asked for nobody.
