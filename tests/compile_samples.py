@@ -28,7 +28,7 @@ def shared_bytes(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> int:
 
 
 def sampled_tiles(arch: str) -> list[Variant]:
-    """The candidate that needs most shared memory and one more, grouped and direct, of several layers."""
+    """Of several layers the candidate that needs most shared memory, or any other, grouped or direct."""
     rng, facts = random.Random(arch), KNOWN_DEVICES[arch]
     found = []
     for cfg in SAMPLED:
@@ -40,15 +40,15 @@ def sampled_tiles(arch: str) -> list[Variant]:
         ]
         grouped = [choice for choice in choices if choice.strategy == "multi_phase"]
         largest = max(grouped, key=lambda c: shared_bytes(c.gate_up, cfg, facts))
-        for choice in dict.fromkeys((largest, rng.choice(choices))):
-            tokens = 1 if choice.strategy == "none" else 4096
-            aligned = rng.random() < 0.75
-            launches = planned_launches(Layer(cfg).backend(arch), tokens, choice, aligned)
-            found += [
-                Variant(arch, Layer(cfg), tokens, choice, index, aligned, launch.name)
-                for index, launch in enumerate(launches)
-                if launch.name.startswith(("gate_up", "down"))
-            ]
+        choice = rng.choice((largest, rng.choice(choices)))
+        tokens = 1 if choice.strategy == "none" else 4096
+        aligned = rng.random() < 0.75
+        launches = planned_launches(Layer(cfg).backend(arch), tokens, choice, aligned)
+        found += [
+            Variant(arch, Layer(cfg), tokens, choice, index, aligned, launch.name)
+            for index, launch in enumerate(launches)
+            if launch.name.startswith(("gate_up", "down"))
+        ]
     return found
 
 
