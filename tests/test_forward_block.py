@@ -50,7 +50,9 @@ def make_runtime(backend: str, cfg: MoEConfig = CFG, **options: Any) -> MoERunti
 
 def sizes(backend: str) -> tuple[int, ...]:
     """Calls of every plan and one in chunks; fewer where each takes a second."""
-    return (1, 2, 3, MAX_TOKENS, 2 * MAX_TOKENS + 1) if backend == "torch" else (1, 5, MAX_TOKENS + 1)
+    return (
+        (1, 2, 3, MAX_TOKENS, 2 * MAX_TOKENS + 1) if backend == "torch" else (1, 5, MAX_TOKENS + 1)
+    )
 
 
 def spoil(rt: MoERuntime) -> None:

@@ -288,7 +288,12 @@ BAD: list[tuple[str, Any, type[Exception], list[str]]] = [
     ),
     ("dtype", {**QWEN, "dtype": "float8_e4m3fn"}, ConfigError, ["float8_e4m3fn"]),
     # only a shard has fewer experts than K, and no checkpoint is one
-    ("k-above-e", {**QWEN, "num_experts_per_tok": 99}, ConfigError, ["top_k=99 exceeds num_experts"]),
+    (
+        "k-above-e",
+        {**QWEN, "num_experts_per_tok": 99},
+        ConfigError,
+        ["top_k=99 exceeds num_experts"],
+    ),
     # values of another type than the field's
     ("text", {**QWEN, "num_experts_per_tok": "2"}, ConfigError, ["top_k='2'", "integer"]),
     ("list", {**QWEN, "hidden_act": ["silu"]}, UnsupportedError, ["hidden_act=['silu']"]),
