@@ -35,11 +35,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    found = list(reports(args.results))  # all of them, before anything is drawn
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError('pictures need matplotlib: pip install "moert[plot]"')
     written = [
         str(path)
-        for file, report in reports(args.results)
+        for file, report in found
         for path in draw(report, args.out or file.parent, args.format or FORMATS)
     ]
     if args.json:
