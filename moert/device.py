@@ -35,9 +35,14 @@ class DeviceFacts:
     memory_bytes: int
 
     @property
+    def compute_capability(self) -> int:
+        """NVIDIA's, times ten: 90 of "sm_90"; 0 elsewhere."""
+        return int(self.arch.removeprefix("sm_") or 0) if self.kind == "cuda" else 0
+
+    @property
     def dependent_launch(self) -> bool:
         """Whether a kernel can start while its predecessor drains: NVIDIA, compute capability 9.0 on."""
-        return self.kind == "cuda" and int(self.arch.removeprefix("sm_") or 0) >= 90
+        return self.compute_capability >= 90
 
     @property
     def slug(self) -> str:

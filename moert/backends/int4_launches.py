@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moert.backends.int4_tiles import group_of
+from moert.backends.launch_parts import direct_grid, grouped_grid, sort_args
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.launch import Launch
@@ -15,7 +16,6 @@ from moert.plan import Tile
 from moert.quantization.int4_layout import Int4Matrix
 from moert.steps.down.int4 import down_direct_int4_kernel, down_grouped_int4_kernel
 from moert.steps.gate_up.int4 import gate_up_direct_int4_kernel, gate_up_grouped_int4_kernel
-from moert.steps.sorting.layout import max_blocks
 from moert.weights import ExpertWeights
 
 
@@ -23,7 +23,7 @@ def widening(cfg: MoEConfig, facts: DeviceFacts) -> str:
     """How codes become numbers: see `moert/steps/int4_codes.py`."""
     if cfg.dtype == "float32" or facts.kind == "cpu":
         return "integer"
-    if facts.kind == "cuda" and int(facts.arch.removeprefix("sm_") or 0) >= 80:
+    if facts.compute_capability >= 80:
         return "asm"
     return "magic"
 
@@ -108,15 +108,9 @@ def _launch(
     tiles = -(-all_tiles // constants["TILES"])
     if direct:
         constants["E"] = cfg.num_experts
-
-        def grid(tokens: int) -> tuple[int, int, int]:
-            return (tiles * tokens * rows, 1, 1)
+        grid = direct_grid(tiles, rows)
     else:
         constants |= {"BM": tile.bm, "STAGES": tile.num_stages, "WAY": widening(cfg, facts)}
-        args |= {n: views[n] for n in ("sorted_token_ids", "sorted_expert_ids", "num_valid_ids")}
-
-        def grid(tokens: int) -> tuple[int, int, int]:
-            blocks = max_blocks(tokens, cfg.top_k, cfg.num_experts, tile.bm)
-            return (blocks * tiles, 1, 1)
-
+        args |= sort_args(views)
+        grid = grouped_grid(cfg, tile.bm, tiles)
     return Launch(kernel, grid, args, constants, tile.num_warps, tile.num_stages)

@@ -14,6 +14,7 @@ from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
+from moert.quantization.int4_layout import columns_per_group
 
 # past this many routed rows a direct plan re-reads weights too often to be worth timing
 DIRECT_ROWS = 64
@@ -29,8 +30,7 @@ FLOAT32_ROWS = 32  # BM up to which no product of float32 spills
 def group_of(cfg: MoEConfig, columns: int) -> int:
     """Columns of a weight's row that share a scale."""
     assert cfg.quant is not None
-    size = cfg.quant.group_size
-    return -(-columns // 64) * 64 if size == -1 else size
+    return columns_per_group(cfg.quant.group_size, columns)
 
 
 def step_of(group: int, most: int = 128) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moert.backends.launch_parts import direct_grid, grouped_grid, sort_args
 from moert.backends.stream_tiles import stream_shape
 from moert.config import MoEConfig
 from moert.launch import Launch
@@ -17,7 +18,6 @@ from moert.steps.gate_up.streaming import (
     gate_up_direct_stream_kernel,
     gate_up_grouped_stream_kernel,
 )
-from moert.steps.sorting.layout import max_blocks
 from moert.weights import ExpertWeights
 
 
@@ -80,15 +80,8 @@ def _launch(
     constants = {**constants, "S": shape}
     if direct:
         constants["E"] = cfg.num_experts
-        rows = cfg.top_k if up else 1
-
-        def grid(tokens: int) -> tuple[int, int, int]:
-            return (shape.tiles * tokens * rows, 1, 1)
+        grid = direct_grid(shape.tiles, cfg.top_k if up else 1)
     else:
-        args |= {n: views[n] for n in ("sorted_token_ids", "sorted_expert_ids", "num_valid_ids")}
-
-        def grid(tokens: int) -> tuple[int, int, int]:
-            blocks = max_blocks(tokens, cfg.top_k, cfg.num_experts, tile.bm)
-            return (blocks * shape.tiles, 1, 1)
-
+        args |= sort_args(views)
+        grid = grouped_grid(cfg, tile.bm, shape.tiles)
     return Launch(kernel, grid, args, constants, tile.num_warps, 1)

@@ -9,14 +9,14 @@ import torch
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
-from moert.quantization.int4_layout import Int4Matrix
+from moert.quantization.int4_layout import Int4Matrix, columns_per_group
 from moert.steps.streaming.shape import BLOCK, ROWS, StreamShape
 from moert.weights import ExpertWeights
 
 
 def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
     """Why the streaming kernels cannot serve; None where they can."""
-    if facts.kind != "cuda" or int(facts.arch.removeprefix("sm_") or 0) < 80:
+    if facts.compute_capability < 80:
         return (
             "made of NVIDIA's asynchronous copies and matrix instructions of compute capability 8.0"
         )
@@ -56,9 +56,8 @@ def stream_shape(
     reduction, columns = cfg.hidden_size, cfg.intermediate_size
     if not up:
         reduction, columns = columns, reduction
-    group = -(-reduction // BLOCK) * BLOCK
-    if cfg.quant is not None and cfg.quant.group_size != -1:
-        group = cfg.quant.group_size
+    # 16-bit weights have none, and nothing asks for it
+    group = columns_per_group(-1 if cfg.quant is None else cfg.quant.group_size, reduction)
     return StreamShape(
         int4=cfg.quant is not None,
         zeros=cfg.quant is not None and not cfg.quant.symmetric,

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from moert.backends.int4_launches import down_int4, gate_up_int4
+from moert.backends.launch_parts import direct_grid, grouped_grid, sort_args
 from moert.backends.stream_launches import down_stream, gate_up_stream
 from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
-from moert.launch import Grid, Launch, in_a_row
+from moert.launch import Launch, in_a_row
 from moert.plan import Choice, Tile
 from moert.steps.combine.triton import combine_kernel
 from moert.steps.down.triton import down_direct_kernel, down_grouped_kernel
 from moert.steps.gate_up.triton import gate_up_direct_kernel, gate_up_grouped_kernel
-from moert.steps.sorting.layout import max_blocks
 from moert.weights import ExpertWeights
 
 Views = dict[str, torch.Tensor]
@@ -66,7 +65,7 @@ def _gate_up(
         tiles = -(-cfg.intermediate_size // tile.bn)
         return Launch(
             gate_up_direct_kernel,
-            lambda tokens: (tiles * tokens * cfg.top_k, 1, 1),
+            direct_grid(tiles, cfg.top_k),
             args,
             {**constants, "E": cfg.num_experts, "K": cfg.top_k, **_direct_tile(tile)},
             tile.num_warps,
@@ -74,8 +73,8 @@ def _gate_up(
         )
     return Launch(
         gate_up_grouped_kernel,
-        _grouped_grid(cfg, tile, cfg.intermediate_size),
-        {**args, **_sort(views), "reduction": cfg.hidden_size if is_rdna(facts) else None},
+        grouped_grid(cfg, tile.bm, -(-cfg.intermediate_size // tile.bn)),
+        {**args, **sort_args(views), "reduction": cfg.hidden_size if is_rdna(facts) else None},
         {**constants, "K": cfg.top_k, **_grouped_tile(tile)},
         tile.num_warps,
         tile.num_stages,
@@ -102,7 +101,7 @@ def _down(
         ids = {"E": cfg.num_experts, "K": cfg.top_k, "KP": padded}
         return Launch(
             down_direct_kernel,
-            lambda tokens: (tiles * tokens, 1, 1),
+            direct_grid(tiles, 1),
             args,
             {**constants, **ids, **_direct_tile(tile)},
             tile.num_warps,
@@ -112,8 +111,8 @@ def _down(
     rolled = {"reduction": cfg.intermediate_size if is_rdna(facts) else None}
     return Launch(
         down_grouped_kernel,
-        _grouped_grid(cfg, tile, cfg.hidden_size),
-        {**args, **_sort(views), **rows, **rolled},
+        grouped_grid(cfg, tile.bm, -(-cfg.hidden_size // tile.bn)),
+        {**args, **sort_args(views), **rows, **rolled},
         {**constants, "K": cfg.top_k, **_grouped_tile(tile)},
         tile.num_warps,
         tile.num_stages,
@@ -125,7 +124,7 @@ def _combine(cfg: MoEConfig, views: Views) -> Launch:
     tiles = -(-cfg.hidden_size // width)
     return Launch(
         combine_kernel,
-        lambda tokens: (tiles * tokens, 1, 1),
+        direct_grid(tiles, 1),
         {"y_ptr": views["y"]},
         {"E": cfg.num_experts, "K": cfg.top_k, "H": cfg.hidden_size, "BN": width},
         num_warps=2,
@@ -133,22 +132,9 @@ def _combine(cfg: MoEConfig, views: Views) -> Launch:
     )
 
 
-def _sort(views: Views) -> dict[str, torch.Tensor]:
-    return {n: views[n] for n in ("sorted_token_ids", "sorted_expert_ids", "num_valid_ids")}
-
-
 def _tiles(choice: Choice) -> tuple[Tile, Tile]:
     assert choice.gate_up is not None and choice.down is not None
     return choice.gate_up, choice.down
-
-
-def _grouped_grid(cfg: MoEConfig, tile: Tile, columns: int) -> Callable[[int], Grid]:
-    tiles = -(-columns // tile.bn)
-
-    def grid(tokens: int) -> Grid:
-        return (max_blocks(tokens, cfg.top_k, cfg.num_experts, tile.bm) * tiles, 1, 1)
-
-    return grid
 
 
 def _grouped_tile(tile: Tile) -> dict[str, int]:

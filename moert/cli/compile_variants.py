@@ -201,7 +201,7 @@ FAMILIES: Final = (routing_variants, plan_variants, beside_variants)
 def compile_variant(variant: Variant) -> tuple[Any, int]:
     """The compiled kernel, exactly as a runtime on that device would get it, and its warps."""
     facts = KNOWN_DEVICES[variant.arch]
-    name = variant.arch if facts.kind == "hip" else int(variant.arch.removeprefix("sm_"))
+    name = variant.arch if facts.kind == "hip" else facts.compute_capability
     target = GPUTarget(facts.kind, name, facts.warp_size)
     cfg = variant.layer.cfg
     if variant.kernel == ROUTING:
