@@ -18,7 +18,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.streaming.copies import copy_inputs
-from moert.steps.streaming.stages import add, ask, ask_by_slot, group_sums, one_row, rings, take
+from moert.steps.streaming.stages import (
+    add,
+    advance,
+    ask,
+    ask_by_slot,
+    group_sums,
+    one_row,
+    rings,
+    take,
+)
 
 
 @gluon.jit
@@ -101,9 +110,7 @@ def down_direct_stream_kernel(
     hs.store(h)
     sums = None
     if S.int4:
-        totals = gl.allocate_shared_memory(gl.float32, [S.staged, S.parts, S.split], S.plain(3))
-        group_sums(h, totals, S)
-        sums = totals._reinterpret(gl.float32, [S.staged * S.parts, S.split], S.plain(1))
+        sums = group_sums(h, S)
     inputs = hs._reinterpret(DTYPE, [S.staged, S.split, S.width], S.plain(2))
     factors_by_iteration = factors._reinterpret(
         gl.float32, [S.asked, S.parts * S.split], S.plain(1)
@@ -187,14 +194,22 @@ def down_grouped_stream_kernel(
         async_copy.commit_group()
     acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
     for step in range(S.iterations):
-        async_copy.wait_group(S.stages - 2)
-        taken = take(weights, scales, zeros, step, S)
-        nxt = step + S.stages - 1
-        h = hs.index(step % S.stages).permute((0, 2, 1)).load(S.b)
-        ask(weights, scales, zeros, nxt, tile, w2_ptr, scales_ptr, zeros_ptr, e64, S)
-        copy_inputs(hs.index(nxt % S.stages), h_rows, live, nxt, S)
-        async_copy.commit_group()
-        acc = add(acc, taken, h, None, step, None, S)
+        acc = advance(
+            acc,
+            weights,
+            scales,
+            zeros,
+            hs,
+            step,
+            tile,
+            w2_ptr,
+            scales_ptr,
+            zeros_ptr,
+            e64,
+            h_rows,
+            live,
+            S,
+        )
         if step % S.steps == S.steps - 1:
             y = gl.convert_layout(gl.sum(acc, 0), S.out)
             first = (tile + (step // S.steps) * S.row_tiles) * 16

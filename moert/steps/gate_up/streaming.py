@@ -17,7 +17,7 @@ from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
 from moert.steps.streaming.copies import copy_inputs
-from moert.steps.streaming.stages import add, ask, group_sums, one_row, rings, take
+from moert.steps.streaming.stages import add, advance, ask, group_sums, one_row, rings, take
 
 
 @gluon.jit
@@ -98,9 +98,7 @@ def gate_up_direct_stream_kernel(
     xs.store(x)
     sums = None
     if S.int4:
-        totals = gl.allocate_shared_memory(gl.float32, [S.staged, S.parts, S.split], S.plain(3))
-        group_sums(x, totals, S)
-        sums = totals._reinterpret(gl.float32, [S.staged * S.parts, S.split], S.plain(1))
+        sums = group_sums(x, S)
     inputs = xs._reinterpret(DTYPE, [S.staged, S.split, S.width], S.plain(2))
     acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
     for step in range(S.iterations):
@@ -166,14 +164,22 @@ def gate_up_grouped_stream_kernel(
     stored = gl.expand_dims((packed >> 24) < K, 0)
     acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
     for step in range(S.iterations):
-        async_copy.wait_group(S.stages - 2)
-        taken = take(weights, scales, zeros, step, S)
-        nxt = step + S.stages - 1
-        x = xs.index(step % S.stages).permute((0, 2, 1)).load(S.b)
-        ask(weights, scales, zeros, nxt, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
-        copy_inputs(xs.index(nxt % S.stages), x_rows, live, nxt, S)
-        async_copy.commit_group()
-        acc = add(acc, taken, x, None, step, None, S)
+        acc = advance(
+            acc,
+            weights,
+            scales,
+            zeros,
+            xs,
+            step,
+            tile,
+            w13_ptr,
+            scales_ptr,
+            zeros_ptr,
+            e64,
+            x_rows,
+            live,
+            S,
+        )
         if step % S.steps == S.steps - 1:
             first = tile + (step // S.steps) * S.row_tiles
             n, h = _intermediate(

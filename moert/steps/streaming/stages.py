@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from moert.steps.streaming.copies import copy_codes, copy_matrix, copy_values
+from moert.steps.streaming.copies import copy_codes, copy_inputs, copy_matrix, copy_values
 from moert.steps.streaming.widen import magic, widen
 
 
@@ -200,8 +200,45 @@ def one_row(stage, S: gl.constexpr):
 
 
 @gluon.jit
-def group_sums(x, sums, S: gl.constexpr):
-    """Store the sums of staged inputs [staged, split, width] over each group's columns."""
+def advance(
+    acc,
+    weights,
+    scales,
+    zeros,
+    inputs,
+    it,
+    tile,
+    w_ptr,
+    scales_ptr,
+    zeros_ptr,
+    expert,
+    rows_ptr,
+    live,
+    S: gl.constexpr,
+):
+    """acc + w x of iteration `it` where rows are streamed beside one expert's weights; its stage is given
+    to what is asked for next.
+
+    Args:
+        inputs: [stages, split, bm, width], the ring of rows; rows_ptr, live: as for `copy_inputs`.
+    """
+    async_copy.wait_group(S.stages - 2)
+    taken = take(weights, scales, zeros, it, S)
+    nxt = it + S.stages - 1
+    x = inputs.index(it % S.stages).permute((0, 2, 1)).load(S.b)
+    ask(weights, scales, zeros, nxt, tile, w_ptr, scales_ptr, zeros_ptr, expert, S)
+    copy_inputs(inputs.index(nxt % S.stages), rows_ptr, live, nxt, S)
+    async_copy.commit_group()
+    return add(acc, taken, x, None, it, None, S)
+
+
+@gluon.jit
+def group_sums(x, S: gl.constexpr):
+    """Sums of staged inputs [staged, split, width] over each group's columns, in shared memory:
+    [staged * parts, split].
+    """
+    sums = gl.allocate_shared_memory(gl.float32, [S.staged, S.parts, S.split], S.plain(3))
     by_part = gl.reshape(x.to(gl.float32), (S.staged, S.split, S.parts, S.width // S.parts))
     total = gl.permute(gl.sum(by_part, 3), (0, 2, 1))
     sums.store(total)
+    return sums._reinterpret(gl.float32, [S.staged * S.parts, S.split], S.plain(1))
