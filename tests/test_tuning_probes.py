@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from moert.backends.base import Program
 from moert.call import Call
 from moert.config import MoEConfig
 from moert.device import device_facts
+from moert.plan import Choice
+from moert.tuning import tuner
 from moert.tuning.check import new_call, random_inputs, set_call
 from moert.tuning.probes import DeviceProbes
 from moert.tuning.store import Store, geometry
-from moert.tuning.tuner import plan_buckets
+from moert.tuning.tuner import crossed, plan_buckets
 from moert.weights import ExpertWeights
 
 pytest.importorskip("triton")
@@ -46,19 +48,30 @@ class CountingProbes(FakeProbes):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_every_candidate_of_the_real_backend_is_right(tokens: int, tmp_path: Path) -> None:
+def test_every_candidate_of_the_real_backend_is_right(
+    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interpreted: what is timed on a GPU is only what passes this very check."""
     if torch.cuda.is_available():
         pytest.skip("kernels are interpreted only where there is no GPU")
     cfg = MoEConfig(4, 2, 32, 16, dtype="float32")
     facts = replace(device_facts(torch.device("cpu")), shared_memory=1 << 30)
     backend, probes = TritonBackend(cfg, ExpertWeights.random(cfg), facts), CountingProbes()
+    pairs: list[Choice] = []
+
+    def recorded(medians: Mapping[Choice, float]) -> list[Choice]:
+        pairs[:] = crossed(medians)
+        return pairs
+
+    monkeypatch.setattr(tuner, "crossed", recorded)
     (plan,) = plan_buckets(
         backend, [(tokens, True)], policy=3, probes=probes, store=store_of(backend, tmp_path)
     )
     assert plan.source == "tuned"
-    # the best tiles of both GEMMs are tried together besides
-    assert probes.right >= len(set(backend.candidates(tokens, ("none",)))) > 3
+    candidates = len(set(backend.candidates(tokens, ("none",))))
+    # the best tiles of both GEMMs are tried together besides, next to the best candidate
+    assert probes.right == candidates + len(pairs) + bool(pairs)
+    assert candidates > 3
 
 
 def gpu_backend(cfg: MoEConfig) -> TritonBackend:
