@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moert.build import Built
@@ -48,7 +50,7 @@ class CallFlow(Lifetime):
                 check_forward(self.cfg, self.device, x, topk, result, num_valid, pad)
                 raise
             if len(key[4]) == 2 and key[4][0] > self._max_tokens:
-                return self._forward_chunks(x, topk, result, num_valid, pad)
+                return self._in_chunks(self._forward, x, topk, result, num_valid, pad)
             self._run(key, x, topk, result, num_valid, capturing)
             if out is None:
                 self._group.results_for(capturing).take_output()
@@ -73,7 +75,7 @@ class CallFlow(Lifetime):
                 self._fits_capture(what, tokens)
             result = self._own_result(x, capturing) if out is None else out
             if tokens > self._max_tokens:
-                return self._block_chunks(x, topk, result, num_valid, pad)
+                return self._in_chunks(self._forward_block, x, topk, result, num_valid, pad)
             slots = group.block_for(capturing).slots(tokens)
             given = slots if topk is None else topk
             try:
@@ -95,28 +97,6 @@ class CallFlow(Lifetime):
             self._counts["calls"] += 1
         return result
 
-    def _block_chunks(
-        self,
-        x: torch.Tensor,
-        topk: TopK | None,
-        out: torch.Tensor,
-        num_valid: torch.Tensor | None,
-        pad: str,
-    ) -> torch.Tensor:
-        """As `_forward_chunks`."""
-        check_forward(self.cfg, self.device, x, topk, out, num_valid, pad)
-        for start in range(0, x.shape[0], self._max_tokens):
-            rows = slice(start, start + self._max_tokens)
-            live = None
-            if num_valid is not None:
-                live = self._executor.rows_left(num_valid, start)
-            chunk = None if topk is None else TopK(topk.weights[rows], topk.ids[rows])
-            self._forward_block(x[rows], chunk, out[rows], live, pad)
-            self._counts["calls"] -= 1
-            self._counts["chunks"] += 1
-        self._counts["calls"] += 1
-        return out
-
     def _own_result(self, x: torch.Tensor, capturing: bool) -> torch.Tensor:
         """Where a call without out= puts its result."""
         tokens = rows_of("x", x, f"H={self.cfg.hidden_size}")
@@ -131,23 +111,28 @@ class CallFlow(Lifetime):
                 f"bucket, {most}; raise buckets="
             )
 
-    def _forward_chunks(
+    def _in_chunks(
         self,
+        call: Callable[..., torch.Tensor],
         x: torch.Tensor,
-        topk: TopK,
+        topk: TopK | None,
         out: torch.Tensor,
         num_valid: torch.Tensor | None,
         pad: str,
     ) -> torch.Tensor:
-        """More than max_tokens rows: slices of max_tokens, each with its own share of the live count."""
+        """More than max_tokens rows: slices of max_tokens, each with its own share of the live count.
+
+        Args:
+            call: `_forward` or `_forward_block`.
+        """
         check_forward(self.cfg, self.device, x, topk, out, num_valid, pad)
         for start in range(0, x.shape[0], self._max_tokens):
             rows = slice(start, start + self._max_tokens)
             live = None
             if num_valid is not None:
                 live = self._executor.rows_left(num_valid, start)
-            chunk = TopK(topk.weights[rows], topk.ids[rows])
-            self._forward(x[rows], chunk, out[rows], live, pad)
+            chunk = None if topk is None else TopK(topk.weights[rows], topk.ids[rows])
+            call(x[rows], chunk, out[rows], live, pad)
             self._counts["calls"] -= 1
             self._counts["chunks"] += 1
         self._counts["calls"] += 1

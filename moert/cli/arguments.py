@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moert.config import ACTIVATIONS, DTYPES, QUANT_FORMATS, MoEConfig
+from moert.env import BACKENDS, SORT_POLICIES
 from moert.errors import ConfigError
 
 
@@ -74,6 +75,24 @@ def tokens(text: str) -> int:
     if text.isdecimal() and 1 <= int(text) < 2**24:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: need an integer in 1..{2**24 - 1}")
+
+
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    """The layer that a verb is about."""
+    parser.add_argument(
+        "layer",
+        type=model_or_shape,
+        metavar="MODEL_DIR|E,K,H,I",
+        help="a checkpoint's directory, or experts, experts per token, hidden and intermediate size",
+    )
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a runtime that its plans depend on."""
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--buckets", nargs="+", type=tokens, metavar="B", help="batch sizes")
+    parser.add_argument("--max-tokens", type=tokens, metavar="T", help="the most of one call")
+    parser.add_argument("--sort-policy", type=int, choices=tuple(SORT_POLICIES), default=None)
 
 
 def add_layer_options(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moert.cli.arguments import (
+    add_layer,
     add_layer_options,
     layer_options,
-    model_or_shape,
     print_json,
     print_table,
     tokens,
@@ -39,12 +39,7 @@ FORMAT = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "layer",
-        type=model_or_shape,
-        metavar="MODEL_DIR|E,K,H,I",
-        help="a checkpoint's directory, or experts, experts per token, hidden and intermediate size",
-    )
+    add_layer(parser)
     parser.add_argument("--tokens", nargs="+", type=tokens, metavar="T", default=list(TOKENS))
     parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--tune", choices=TUNE_MODES, help="as for a runtime (MOERT_TUNE)")

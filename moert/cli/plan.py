@@ -15,16 +15,16 @@ from moert.backends.registry import select_backend
 from moert.build import plan_options, plan_sizes
 from moert.cli.absent import absent_weights
 from moert.cli.arguments import (
+    add_layer,
     add_layer_options,
+    add_plan_options,
     layer_options,
-    model_or_shape,
     print_json,
     size,
-    tokens,
 )
 from moert.config import MoEConfig
 from moert.device import KNOWN_DEVICES, DeviceFacts, device_facts
-from moert.env import BACKENDS, SORT_POLICIES, Env, read_env
+from moert.env import Env, read_env
 from moert.plan import Plan, PlanReport
 from moert.share import Options, ResultBuffers
 from moert.tuning.store import open_store
@@ -41,22 +41,14 @@ heuristic; a runtime on the device itself would measure instead (MOERT_TUNE).
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "layer",
-        type=model_or_shape,
-        metavar="MODEL_DIR|E,K,H,I",
-        help="a checkpoint's directory, or experts, experts per token, hidden and intermediate size",
-    )
+    add_layer(parser)
     parser.add_argument(
         "--device",
         choices=tuple(KNOWN_DEVICES),
         metavar="ARCH",
         help=f"one of {', '.join(KNOWN_DEVICES)} (the device of this machine)",
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--buckets", nargs="+", type=tokens, metavar="B", help="batch sizes")
-    parser.add_argument("--max-tokens", type=tokens, metavar="T", help="the most of one call")
-    parser.add_argument("--sort-policy", type=int, choices=tuple(SORT_POLICIES), default=None)
+    add_plan_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_layer_options(parser)
 

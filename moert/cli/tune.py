@@ -13,16 +13,16 @@ import torch
 from moert.backends.registry import select_backend
 from moert.build import plan_options, plan_sizes
 from moert.cli.arguments import (
+    add_layer,
     add_layer_options,
+    add_plan_options,
     layer_options,
-    model_or_shape,
     print_json,
-    tokens,
 )
 from moert.cli.plan import config_of, plan_json
 from moert.config import MoEConfig
 from moert.device import device_facts
-from moert.env import BACKENDS, SORT_POLICIES, read_env
+from moert.env import read_env
 from moert.errors import UnsupportedError
 from moert.plan import PlanReport
 from moert.tuning.store import directories, geometry
@@ -40,18 +40,10 @@ quiet GPU. Weights are random: which plan is fast depends on the shape alone.
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "layer",
-        type=model_or_shape,
-        metavar="MODEL_DIR|E,K,H,I",
-        help="a checkpoint's directory, or experts, experts per token, hidden and intermediate size",
-    )
+    add_layer(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the records")
     parser.add_argument("--force", action="store_true", help="measure what has a record, too")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--buckets", nargs="+", type=tokens, metavar="B", help="batch sizes")
-    parser.add_argument("--max-tokens", type=tokens, metavar="T", help="the most of one call")
-    parser.add_argument("--sort-policy", type=int, choices=tuple(SORT_POLICIES), default=None)
+    add_plan_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_layer_options(parser)
 
