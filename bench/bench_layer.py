@@ -19,11 +19,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from device_timing import captured, device_us, read_us  # noqa: E402
+from device_timing import read_us  # noqa: E402
 from layer_chain import (  # noqa: E402
     MATMUL_FLOPS,
     READ_BYTES_PER_SECOND,
-    check,
+    cells,
     layer_count,
     make_chain,
     make_layers,
@@ -40,34 +40,21 @@ def measure(name: str, cfg: MoEConfig, tokens: tuple[int, ...]) -> dict[str, Any
     """All T of one shape."""
     largest = max(tokens)
     layers = make_layers(cfg, layer_count(cfg), max_tokens=max(512, largest))
-    report = layers[0].plan()
-    cells = {}
+    found = {}
     for count in tokens:
         chain = make_chain(layers, count, seed=count)
-        error = check(chain)
-        run = captured(chain.run).replay if count <= 512 else chain.run
-        with torch.cuda.stream(torch.cuda.Stream()):
-            us = device_us({"us": run}, rounds=9)["us"] / len(layers)
-        plan, floor = report.for_tokens(count), chain.floor_us()
+        # beyond the largest bucket nothing joins a graph
+        cell = cells({name: chain}, graphs=count <= 512)[name]
         read = read_us(chain.hit_bytes(), len(layers))
-        cells[count] = {
-            "us": round(us, 2),
-            "floor us": round(floor, 2),
-            "times the floor": round(us / floor, 3),
-            "bytes": chain.hit_bytes(),
-            "read us": round(read, 2),
-            "error": error,
-            "choice": str(plan.choice),
-            "source": plan.source,
-        }
+        found[count] = {**cell, "read us": round(read, 2)}
         print(
-            f"{name:<18} T={count:<5} {us:8.1f} us  {us / floor:5.2f} x floor  R {read:7.1f} us  "
-            f"{plan.source} {plan.choice}",
+            f"{name:<18} T={count:<5} {cell['us']:8.1f} us  {cell['times the floor']:5.2f} x floor  "
+            f"R {read:7.1f} us  {cell['source']} {cell['choice']}",
             flush=True,
         )
     for layer in layers:
         layer.close()
-    return {"layers": len(layers), "config": repr(cfg), "tokens": cells}
+    return {"layers": len(layers), "config": repr(cfg), "tokens": found}
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ stops before an E that would not be done in time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -31,7 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import torch  # noqa: E402
 import triton  # noqa: E402
 from device_timing import DEVICE, GPU, device_us, replayable  # noqa: E402
-from layer_chain import Chain, check, make_chain  # noqa: E402
+from layer_chain import Chain, check, make_chain, share_group  # noqa: E402
+from taken_up import Budget, save, taken_up  # noqa: E402
 
 from moert.config import MoEConfig  # noqa: E402
 from moert.device import device_facts  # noqa: E402
@@ -46,19 +46,6 @@ FEW_LAYERS = 2
 DIRECT_ROWS = 512
 ALLOWED = 0.03
 POLICIES = {0: "measured", 1: "one_shot", 2: "multi_phase", 3: "none"}
-
-
-def share_group(
-    cfg: MoEConfig, weights: Sequence[ExpertWeights], tokens: Sequence[int], **options: Any
-) -> list[MoERuntime]:
-    """One runtime for each of the weights, planned for these token counts."""
-    buckets, layers = tuple(tokens), []
-    for tensors in weights:
-        more: dict[str, Any] = {"share": layers[0]} if layers else options
-        if not layers:
-            more |= {"buckets": buckets, "max_tokens": max(buckets), "graphs": "host"}
-        layers.append(MoERuntime(cfg, tensors, **more))
-    return layers
 
 
 def groups_of(
@@ -128,26 +115,21 @@ def measure(
         "shape": {"K": TOP_K, "H": HIDDEN, "I": INTER, "layers": LAYERS, "dtype": "bfloat16"},
         "cells": {},
     }
-    if path.exists() and not again:
-        old = json.loads(path.read_text())
-        if all(old[key] == report[key] for key in ("device", "made_with", "shape")):
-            report = old
-    begin, longest = time.perf_counter(), 0.0
+    if not again:
+        report = taken_up(path, report)
+    spent = Budget(budget)
     for number in experts:
         done = report["cells"].get(str(number), {})
         missing = [t for t in tokens if str(t) not in done]
-        used = time.perf_counter() - begin
         if not missing:
             continue
-        if budget is not None and used + longest > budget:
-            print(f"E={number} is left for another run: {used:.0f} s are used", flush=True)
+        if not spent.allows(f"E={number}"):
             break
-        cfg = MoEConfig(number, TOP_K, HIDDEN, INTER)
-        found = {**done, **cells(cfg, missing)}
+        with spent.on_one():
+            found = {**done, **cells(MoEConfig(number, TOP_K, HIDDEN, INTER), missing)}
         report["cells"][str(number)] = dict(sorted(found.items(), key=lambda item: int(item[0])))
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        save(path, report)
         torch.cuda.empty_cache()
-        longest = max(longest, time.perf_counter() - begin - used)
     return report
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -37,6 +38,11 @@ def captured(run: Run) -> torch.cuda.CUDAGraph:
 def replayable(run: Run) -> Run:
     """What repeats `run` as cheaply as the device can: the replay of a graph on a GPU."""
     return captured(run).replay if GPU else run
+
+
+def side_stream() -> AbstractContextManager[object]:
+    """Makes another stream current than the null stream, which orders itself after all others."""
+    return torch.cuda.stream(torch.cuda.Stream()) if GPU else nullcontext()
 
 
 def device_samples(

@@ -4,12 +4,12 @@ of the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from device_timing import DEVICE, GPU
+from device_timing import DEVICE, GPU, device_us, replayable, side_stream
 
 from moert import ExpertWeights, MoEConfig, MoERuntime, TopK
 from moert.steps.experts_reference import experts_reference
@@ -41,15 +41,67 @@ class Chain:
         ):
             layer.forward(x, topk, out)
 
+    def ends(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and out of a layer."""
+        return self.rows[index], self.rows[index + 1]
+
+    def call(self, index: int) -> None:
+        """One layer on the current stream."""
+        x, out = self.ends(index)
+        self.layers[index].forward(x, self.topks[index], out)
+
+    def level(self) -> None:
+        """Run it once, and scale the routing weights so that every row of every out has a mean square of 1.
+
+        A gated layer's out grows with the square of its x: a few layers on rows would be zero, infinite or no
+        number, in float16 after six, and multiplying those takes another time than a model's rows do.
+
+        Raises:
+            AssertionError: a row that cannot be scaled.
+        """
+        for index, topk in enumerate(self.topks):
+            self.call(index)
+            sizes = self.ends(index)[1].float().square().mean(1, keepdim=True).sqrt()
+            low, high = sizes.min().item(), sizes.max().item()
+            assert 0.0 < low <= high < float("inf"), (
+                f"layer {index}: rows of size {low} to {high}, nothing is timed"
+            )
+            topk.weights.div_(sizes)
+            self.call(index)
+
+    def expected(self, rows: slice) -> torch.Tensor:
+        """What the first layer makes of some of its rows, by the reference: [n, H] float32."""
+        layer, topk = self.layers[0], self.topks[0]
+        sample = TopK(topk.weights[rows], topk.ids[rows])
+        return experts_reference(self.ends(0)[0][rows], sample, layer.weights, layer.cfg)
+
+    def work(self) -> list[tuple[int, int]]:
+        """(bytes, FLOPs) that each layer's floor counts."""
+        cfg = self.layers[0].cfg
+        return [(hit_bytes(cfg, topk.ids), flops(cfg, topk.ids)) for topk in self.topks]
+
     def floor_us(self) -> float:
         """Mean floor of a layer in microseconds: the larger of the bytes really hit and the FLOPs."""
-        cfg = self.layers[0].cfg
-        return sum(floor_us(cfg, topk.ids) for topk in self.topks) / len(self.topks)
+        return sum(limit_us(*work) for work in self.work()) / len(self.layers)
 
     def hit_bytes(self) -> int:
         """Mean bytes a layer's floor counts."""
-        cfg = self.layers[0].cfg
-        return sum(hit_bytes(cfg, topk.ids) for topk in self.topks) // len(self.topks)
+        return sum(nbytes for nbytes, _ in self.work()) // len(self.layers)
+
+    def cell(self, us: float, error: float) -> dict[str, Any]:
+        """What a report says of a layer that takes `us` microseconds."""
+        plan = self.layers[0].plan().for_tokens(self.rows[0].shape[0])
+        work, floor = self.work(), self.floor_us()
+        return {
+            "us": round(us, 2),
+            "floor us": round(floor, 2),
+            "times the floor": round(us / floor, 3),
+            "bytes": sum(nbytes for nbytes, _ in work) // len(work),
+            "flops": sum(count for _, count in work) // len(work),
+            "error": error,
+            "choice": str(plan.choice),
+            "source": plan.source,
+        }
 
     def facts(self, us: float) -> dict[str, Any]:
         """What a reader wants to know beside `us`, the microseconds of one layer."""
@@ -94,10 +146,19 @@ def hit_bytes(cfg: MoEConfig, ids: torch.Tensor) -> int:
     return distinct * expert_bytes(cfg) + rows + ids.numel() * 8
 
 
+def flops(cfg: MoEConfig, ids: torch.Tensor) -> int:
+    """Of both matrices for all S rows."""
+    return 2 * ids.numel() * (cfg.w13_rows + cfg.intermediate_size) * cfg.hidden_size
+
+
+def limit_us(nbytes: float, count: float) -> float:
+    """The larger of the bytes at read bandwidth and the FLOPs at the matrix rate, in microseconds."""
+    return max(nbytes / READ_BYTES_PER_SECOND, count / MATMUL_FLOPS) * 1e6
+
+
 def floor_us(cfg: MoEConfig, ids: torch.Tensor) -> float:
-    """The larger of the bytes at read bandwidth and the FLOPs at the matrix rate."""
-    flops = 2 * ids.numel() * (cfg.w13_rows + cfg.intermediate_size) * cfg.hidden_size
-    return max(hit_bytes(cfg, ids) / READ_BYTES_PER_SECOND, flops / MATMUL_FLOPS) * 1e6
+    """The floor of one layer with this routing."""
+    return limit_us(hit_bytes(cfg, ids), flops(cfg, ids))
 
 
 def layer_count(cfg: MoEConfig) -> int:
@@ -115,6 +176,19 @@ def make_layers(cfg: MoEConfig, count: int, **options: Any) -> list[MoERuntime]:
     return layers
 
 
+def share_group(
+    cfg: MoEConfig, weights: Sequence[ExpertWeights], tokens: Sequence[int], **options: Any
+) -> list[MoERuntime]:
+    """One runtime for each of the weights, planned for these token counts, and captured by the caller."""
+    layers: list[MoERuntime] = []
+    for tensors in weights:
+        more: dict[str, Any] = {"share": layers[0]} if layers else options
+        if not layers:
+            more |= {"buckets": tuple(tokens), "max_tokens": max(tokens), "graphs": "host"}
+        layers.append(MoERuntime(cfg, tensors, **more))
+    return layers
+
+
 Router = Callable[[int, int, int], torch.Tensor]
 
 
@@ -126,7 +200,7 @@ def uniform_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:
 def one_hot_expert_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:
     """Expert 0 in every token, the others at random."""
     ids = torch.rand(tokens, experts - 1, device=DEVICE).topk(top_k - 1, 1).indices.int() + 1
-    return torch.cat([torch.zeros_like(ids[:, :1]), ids], 1) if top_k > 1 else ids * 0
+    return torch.cat([ids.new_zeros(tokens, 1), ids], 1)
 
 
 def same_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:
@@ -160,14 +234,35 @@ def check(chain: Chain) -> float:
     Raises:
         AssertionError: it is too large, so that no time would mean anything.
     """
-    layer, topk, x, out = chain.layers[0], chain.topks[0], chain.rows[0], chain.rows[1]
+    _, out = chain.ends(0)
     out.fill_(float("nan"))
-    layer.forward(x, topk, out)
-    rows = slice(0, x.shape[0], max(1, x.shape[0] // 16))
-    sample = TopK(topk.weights[rows], topk.ids[rows])
-    expected = experts_reference(x[rows], sample, layer.weights, layer.cfg)
+    chain.call(0)
+    rows = slice(0, out.shape[0], max(1, out.shape[0] // 16))
+    expected = chain.expected(rows)
     error = float((out[rows].float() - expected).norm() / expected.norm())
-    assert error <= MAX_ERROR[layer.cfg.dtype] and not out.isnan().any(), (
+    assert error <= MAX_ERROR[chain.layers[0].cfg.dtype] and not out.isnan().any(), (
         f"wrong result, relative error {error:.1e}: nothing is timed"
     )
     return error
+
+
+def cells(chains: Mapping[str, Chain], graphs: bool = True) -> dict[str, dict[str, Any]]:
+    """Levelled and checked, then timed in turns: `Chain.cell` of each.
+
+    Args:
+        graphs: one over each chain; without, its calls are launched one by one.
+
+    Raises:
+        AssertionError: a wrong result.
+    """
+    errors = {}
+    for name, chain in chains.items():
+        chain.level()
+        errors[name] = check(chain)
+    runs = {name: replayable(c.run) if graphs else c.run for name, c in chains.items()}
+    with side_stream():
+        times = device_us(runs, rounds=9)
+    return {
+        name: chain.cell(times[name] / len(chain.layers), errors[name])
+        for name, chain in chains.items()
+    }
