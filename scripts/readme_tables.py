@@ -19,38 +19,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from cases_table import cases_table  # noqa: E402
+from table_parts import NOT_YET, made_with, number, span, table  # noqa: E402
 
 from moert.cli.results import crossover  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BASELINES = ROOT / "bench" / "baselines"
-NOT_YET = "Not measured on this device yet."
 MARKED = re.compile(r"(<!-- table:([\w.-]+)/([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SORT_COLUMNS = (1, 16, 64, 128, 256, 512, 1024, 4096)
 STRATEGIES = {"none": "none", "one_shot": "one-shot", "multi_phase": "multi-phase"}
-
-
-def table(head: list[str], rows: list[list[str]], numbers_from: int = 1) -> str:
-    """A Markdown table; columns from `numbers_from` on are aligned to the right."""
-    rule = ["---"] * numbers_from + ["---:"] * (len(head) - numbers_from)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
-
-
-def number(us: float) -> str:
-    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
-
-
-def span(values: list[float], form: str = ".2f") -> str:
-    """ "a to b", or a alone where both print alike."""
-    low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} to {high}"
-
-
-def made_with(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in report["made_with"].items())
-    return f"{report['device']}, {versions}"
 
 
 def strategy_ranges(cells: dict[str, dict[str, Any]]) -> str:
@@ -275,6 +256,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "sort": sort,
     "versus": versus,
     "policies": policies,
+    "cases": cases_table,
     "checks": checks,
 }
 
