@@ -9,6 +9,7 @@ compiled for a device that is absent.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,8 @@ from moert.call import POSITION
 from moert.steps.call_args import CALL_ARGS
 
 Grid = tuple[int, int, int]
+
+_LOADING = threading.Lock()
 
 _TRITON_TYPES = {
     torch.bfloat16: "bf16",
@@ -157,9 +160,11 @@ class CompiledLaunch:
             name for name in self.arg_names if name in CALL_ARGS and name not in launch.constants
         ]
         self._slots = [(self.arg_names.index(name), POSITION[name]) for name in self.call_args]
-        # loads the binary onto the device; a later first launch then allocates nothing
-        self._run = compiled.run
-        self._function = compiled.function
+        # loads the binary onto the device; a later first launch then allocates nothing. One at a time: Triton
+        # has a launcher before it has the function, and no other thread may meet the one without the other
+        with _LOADING:
+            self._run = compiled.run
+            self._function = compiled.function
         self._metadata = compiled.packed_metadata
         self._tensors = [arg for arg in self._args if isinstance(arg, torch.Tensor)]  # kept alive
         self._args = [

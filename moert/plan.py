@@ -13,7 +13,7 @@ from moert.arena import Field, layout
 
 STRATEGIES = ("none", "one_shot", "multi_phase")
 # portable tiles; weights streamed through shared memory (moert/steps/streaming)
-KERNELS = ("tile", "stream")
+KERNELS = ("tile", "stream", "specialised")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
-from moert.backends import int4_tiles, triton_tiles
+from moert.backends import int4_tiles, specialised_tiles, triton_tiles
 from moert.backends.stream_tiles import direct_choices, grouped_choices, stream_shape
 from moert.cli.compile_variants import Layer, Variant, planned_launches
 from moert.config import MoEConfig, Quant
@@ -76,6 +77,37 @@ def sampled_streams(arch: str) -> list[Variant]:
                 if "stream" in launch.name
             ]
     return found
+
+
+def sampled_specialised() -> list[Variant]:
+    """Every tile, for gated layers with what takes most registers: biases, zero points, ragged sizes."""
+    found, facts = [], KNOWN_DEVICES["sm_90"]
+    ragged = MoEConfig(24, 3, 528, 208, "swiglu_oai", bias=True)
+    for cfg in (
+        ragged,
+        replace(ragged, dtype="float16", quant=Quant("int4", 128, symmetric=False)),
+        replace(ragged, quant=Quant("int4", 32, symmetric=False)),
+    ):
+        for choice in specialised_tiles.choices(cfg, facts, "multi_phase", 1000.0):
+            launches = planned_launches(Layer(cfg).backend("sm_90"), 4096, choice, True)
+            found += [
+                Variant("sm_90", Layer(cfg), 4096, choice, index, True, launch.name)
+                for index, launch in enumerate(launches)
+                if "specialised" in launch.name
+            ]
+    return found
+
+
+def specialised_bytes(variant: Variant) -> int:
+    """Shared memory that the shape of a warp-specialised kernel says."""
+    cfg, facts, up = variant.layer.cfg, KNOWN_DEVICES["sm_90"], "gate_up" in variant.kernel
+    assert variant.gemm_tile is not None
+    if cfg.quant is None:
+        return specialised_tiles.specialised_shape(
+            cfg, facts, variant.gemm_tile, up=up
+        ).shared_bytes
+    shape = specialised_tiles.specialised_int4_shape(cfg, facts, variant.gemm_tile, up=up)
+    return shape.shared_bytes
 
 
 def stream_bytes(variant: Variant) -> int:

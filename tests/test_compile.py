@@ -8,7 +8,15 @@ import pytest
 
 pytest.importorskip("triton")
 import triton
-from compile_samples import SMALL, sampled_sorts, sampled_streams, sampled_tiles, stream_bytes
+from compile_samples import (
+    SMALL,
+    sampled_sorts,
+    sampled_specialised,
+    sampled_streams,
+    sampled_tiles,
+    specialised_bytes,
+    stream_bytes,
+)
 
 from moert.backends import triton_tiles
 from moert.cli import compile
@@ -217,7 +225,10 @@ def test_whatever_a_plan_may_choose_unless_told_otherwise(
 @needs_compilers
 def test_what_tuning_may_choose_has_no_problem() -> None:
     samples = (sampled_tiles, sampled_sorts, sampled_streams)
-    rows = compiled(*(v for arch in KNOWN_DEVICES for sample in samples for v in sample(arch)))
+    rows = compiled(
+        *(v for arch in KNOWN_DEVICES for sample in samples for v in sample(arch)),
+        *sampled_specialised(),
+    )
     bad = {
         (v.arch, v.kernel, v.tile, v.aligned, v.layer.cfg): row.problems
         for v, row in rows.items()
@@ -230,3 +241,8 @@ def test_what_tuning_may_choose_has_no_problem() -> None:
         # never more than is planned with; nor much less, or choices would be refused that fit
         assert found is not None
         assert found.shared <= stream_bytes(variant) <= 1.5 * found.shared, variant
+    specialised = {v: row.resources for v, row in rows.items() if "specialised" in v.kernel}
+    assert len(specialised) >= 16
+    for variant, found in specialised.items():
+        assert found is not None
+        assert found.shared <= specialised_bytes(variant) <= 1.2 * found.shared, variant

@@ -25,6 +25,8 @@ ASKED_FOR = {
     *("sm_80", "sm_90", "sm_100"),
 }
 GEMMS = ("gate_up_direct", "down_direct", "gate_up_grouped", "down_grouped")
+# kernels on matrix units
+MULTIPLIED = ("grouped", "stream", "specialised")
 # what every device has to run
 PORTABLE = {
     *("routing_fwd_kernel", "gate_up_direct_kernel", "down_direct_kernel"),
@@ -96,9 +98,10 @@ def check(arch: str, kernels: list[dict[str, Any]]) -> None:
         assert found["shared"] <= facts.shared_memory, kernel
         assert found["vgprs"] > 0 and found["occupancy"] > 0, kernel
         if kernel["dtype"] != "float32":
-            units = "grouped" in kernel["kernel"] or "stream" in kernel["kernel"]
+            units = any(word in kernel["kernel"] for word in MULTIPLIED)
             assert (found["matrix"] > 0) == units, kernel
         # portable int4 tiles may have fewer bytes than that for each lane
         direct = facts.kind == "hip" and "direct" in kernel["kernel"]
-        if kernel in gemms and (not kernel["quant"] or direct or "stream" in kernel["kernel"]):
+        copied = "stream" in kernel["kernel"] or "specialised" in kernel["kernel"]
+        if kernel in gemms and (not kernel["quant"] or direct or copied):
             assert found["widest_load"] >= 16, kernel

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moert.backends import stream_tiles
+from moert.backends import specialised_tiles, stream_tiles
 from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -44,7 +44,8 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     if tokens <= 4 and rows <= DIRECT_ROWS:
         return next(_direct(cfg, facts))
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
-    return next(_sorted(cfg, facts, tokens, strategy))
+    specialised = specialised_tiles.default(cfg, facts, strategy, rows / cfg.num_experts)
+    return specialised or next(_sorted(cfg, facts, tokens, strategy))
 
 
 def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:
@@ -80,6 +81,9 @@ def candidates(
     for strategy, most in zip(sorts, (None, 3), strict=False):
         # how rows are sorted and how they are multiplied hardly influence each other
         found |= dict.fromkeys(list(_sorted(cfg, facts, tokens, strategy))[:most])
+        if most is None:
+            mean = rows / cfg.num_experts
+            found |= dict.fromkeys(specialised_tiles.choices(cfg, facts, strategy, mean))
     return list(found)
 
 

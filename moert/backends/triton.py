@@ -61,9 +61,9 @@ class TritonBackend(Backend):
         return triton_tiles if self.cfg.quant is None else int4_tiles
 
     def _can_run(self, choice: Choice) -> bool:
-        """Streams need weights whose rows can be copied 16 bytes at a time, columns in their own order."""
+        """All but portable tiles copy rows of weights 16 bytes at a time, columns in their own order."""
         tiles = (choice.gate_up, choice.down)
-        if not any(tile is not None and tile.kernel == "stream" for tile in tiles):
+        if all(tile is None or tile.kernel == "tile" for tile in tiles):
             return True
         return stream_tiles.readable(self.weights)
 

@@ -8,6 +8,7 @@ import torch
 
 from moert.backends.int4_launches import down_int4, gate_up_int4
 from moert.backends.launch_parts import direct_grid, grouped_grid, sort_args
+from moert.backends.specialised_launches import down_specialised, gate_up_specialised
 from moert.backends.stream_launches import down_stream, gate_up_stream
 from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
@@ -57,6 +58,8 @@ def _gate_up(
 ) -> Launch:
     if tile.kernel == "stream":
         return gate_up_stream(cfg, weights, tile, views, direct)
+    if tile.kernel == "specialised":
+        return gate_up_specialised(cfg, weights, facts, tile, views)
     if cfg.quant is not None:
         return gate_up_int4(cfg, weights, facts, tile, views, direct)
     args = {"w13_ptr": weights.w13, "b13_ptr": weights.b13, "h_ptr": views["h"]}
@@ -91,6 +94,8 @@ def _down(
 ) -> Launch:
     if tile.kernel == "stream":
         return down_stream(cfg, weights, tile, views, direct)
+    if tile.kernel == "specialised":
+        return down_specialised(cfg, weights, facts, tile, views)
     if cfg.quant is not None:
         return down_int4(cfg, weights, facts, tile, views, direct)
     args = {"w2_ptr": weights.w2, "b2_ptr": weights.b2, "h_ptr": views["h"]}

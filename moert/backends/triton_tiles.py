@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from moert.backends import specialised_tiles
 from moert.backends.stream_tiles import direct_choices, grouped_choices
 from moert.backends.triton_tile_limits import (
     careful_tile,
@@ -51,6 +52,9 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
     bm = min(bm, most_rows(cfg, facts))
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
+    specialised = specialised_tiles.default(cfg, facts, strategy, mean)
+    if specialised is not None:
+        return specialised
     for tile in _default_tiles(bm, cfg, facts):
         if _fits(tile, cfg, facts):
             return Choice(strategy, tile, tile, dependent)
@@ -148,6 +152,10 @@ def candidates(
         fitting = dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy, most))
         if most is None and rows <= STREAM_ROWS * cfg.num_experts:
             fitting |= dict.fromkeys(grouped_choices(cfg, facts, strategy, rows / cfg.num_experts))
+        if most is None:
+            fitting |= dict.fromkeys(
+                specialised_tiles.choices(cfg, facts, strategy, rows / cfg.num_experts)
+            )
         found |= fitting or {_smallest(strategy, facts): None}
     return list(found)
 
@@ -202,7 +210,7 @@ def _direct_candidates(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
 # BN, BK, warps, stages
 _GROUPED = (
     *((64, 128, 4, 3), (32, 128, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (32, 256, 4, 3)),
-    *((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4)),
+    *((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4), (128, 64, 8, 4)),
 )
 # where the tall tiles of the list above do not fit
 _GROUPED_SMALL = ((64, 64, 8, 3), (64, 64, 8, 2))

@@ -106,7 +106,7 @@ class Variant:
 
     @property
     def needs_matrix(self) -> bool:
-        units = "grouped" in self.kernel or "stream" in self.kernel
+        units = any(word in self.kernel for word in ("grouped", "stream", "specialised"))
         return units and self.layer.cfg.dtype != "float32"
 
     @property
@@ -217,7 +217,8 @@ def compile_variant(variant: Variant) -> tuple[Any, int]:
         row_multiple=variant.layer.backend(variant.arch).row_multiple,
         target=target,
     )
-    return compiled, launch.num_warps
+    # those that copy beside those that multiply are counted too
+    return compiled, compiled.metadata.num_warps
 
 
 def specialisation(variant: Variant) -> tuple[Any, ...]:

@@ -86,11 +86,49 @@ def ask_by_slot(
 
 
 @gluon.jit
-def _halves(value, COLUMNS: gl.constexpr):
-    """An operand [split, COLUMNS, bm] as its first and second half of columns."""
-    split: gl.constexpr = value.shape[0]
-    width: gl.constexpr = value.shape[2]
-    return gl.split(gl.permute(gl.reshape(value, (split, 2, COLUMNS // 2, width)), (0, 2, 3, 1)))
+def _columns(value, part: gl.constexpr, PARTS: gl.constexpr):
+    """Columns of one of PARTS parts of an operand [split, COLUMNS, bm]."""
+    if PARTS > 1:
+        split: gl.constexpr = value.shape[0]
+        half: gl.constexpr = value.shape[1] // 2
+        width: gl.constexpr = value.shape[2]
+        halves = gl.permute(gl.reshape(value, (split, 2, half, width)), (0, 2, 3, 1))
+        first, second = gl.split(halves)
+        upper: gl.constexpr = part >= PARTS // 2
+        value = _columns(second if upper else first, part % (PARTS // 2), PARTS // 2)
+    return value
+
+
+@gluon.jit
+def _codes(codes, part: gl.constexpr, PARTS: gl.constexpr):
+    """Codes of one of PARTS parts of [split, row tiles, BLOCKS, 8, 4, WORDS]: blocks first, then words."""
+    if PARTS > 1:
+        split: gl.constexpr = codes.shape[0]
+        tiles: gl.constexpr = codes.shape[1]
+        blocks: gl.constexpr = codes.shape[2]
+        words: gl.constexpr = codes.shape[5]
+        if blocks > 1:
+            halves = gl.reshape(codes, (split, tiles, 2, blocks // 2, 8, 4, words))
+            halves = gl.permute(halves, (0, 1, 3, 4, 5, 6, 2))
+        else:
+            halves = gl.reshape(codes, (split, tiles, 1, 8, 4, 2, words // 2))
+            halves = gl.permute(halves, (0, 1, 2, 3, 4, 6, 5))
+        first, second = gl.split(halves)
+        upper: gl.constexpr = part >= PARTS // 2
+        codes = _codes(second if upper else first, part % (PARTS // 2), PARTS // 2)
+    return codes
+
+
+@gluon.jit
+def _added_up(x, like, COLUMNS: gl.constexpr, S: gl.constexpr):
+    """Sums of x over the columns, as `like` [split, rows, bm] wants them: the matrix unit adds them up, once
+    for all row tiles."""
+    ones = gl.full([S.split, 16, COLUMNS], 1.0, x.dtype, S.a)
+    total = mma_v2(ones, x, gl.full([S.split, 16, x.shape[2]], 0, gl.float32, S.mma))
+    by_tile = gl.reshape(like, (S.split, S.row_tiles, 16, x.shape[2]))
+    total = gl.convert_layout(total, gl.SliceLayout(1, by_tile.type.layout), assert_trivial=True)
+    total, _ = gl.broadcast(gl.expand_dims(total, 1), by_tile)
+    return gl.convert_layout(gl.reshape(total, like.shape), S.mma, assert_trivial=True)
 
 
 @gluon.jit
@@ -98,22 +136,19 @@ def _scaled(codes, x, scale, zero, total, COLUMNS: gl.constexpr, S: gl.constexpr
     """scale * (code - zero point) x, [split, rows, bm] fp32, for columns of one group.
 
     Args:
-        zero: None takes 8 from every code before the product; else it is taken from the product, with
+        zero: what the widened codes exceed the weights by; it is taken from the product, with
         total: the sum of x over the columns, [split, 1, 1], or None to let the matrix unit add them up.
     """
     nothing = gl.full([S.split, S.rows, x.shape[2]], 0, gl.float32, S.mma)
-    product = mma_v2(widen(codes, COLUMNS, x.dtype, zero is None, S), x, nothing)
-    if zero is not None:
-        if total is None:
-            ones = gl.full([S.split, S.rows, COLUMNS], 1.0, x.dtype, S.a)
-            total = mma_v2(ones, x, nothing)
-        product = product - zero * total
-    return product * scale
+    product = mma_v2(widen(codes, COLUMNS, x.dtype, False, S), x, nothing)
+    if total is None:
+        total = _added_up(x, product, COLUMNS, S)
+    return (product - zero * total) * scale
 
 
 @gluon.jit
 def _values(ring, slot, part: gl.constexpr, S: gl.constexpr):
-    """Scales or zero points [split, rows] of one group of a stage, in the activations' dtype."""
+    """Scales or zero points [parts * split, rows] of a stage: those of one group [split, rows]."""
     by_part = ring._reinterpret(ring.dtype, [S.stages * S.parts, S.split, S.rows], S.plain(2))
     return by_part.index(slot * S.parts + part).load(S.acc_rows)
 
@@ -121,24 +156,20 @@ def _values(ring, slot, part: gl.constexpr, S: gl.constexpr):
 @gluon.jit
 def take(weights, scales, zeros, it, S: gl.constexpr):
     """A stage in registers, before its place in the ring is given to another: weights, then scales and zero
-    points of its first and last group."""
+    points, each a tuple with one for every group."""
     slot = it % S.stages
+    PARTS: gl.constexpr = S.parts
+    scale = ()
+    zero = ()
     if S.int4:
         w = weights.index(slot).load(S.codes)
-        scale = _values(scales, slot, 0, S)
-        last_scale = _values(scales, slot, S.parts - 1, S)
-        zero = scale
-        last_zero = scale
-        if S.zeros:
-            zero = _values(zeros, slot, 0, S)
-            last_zero = _values(zeros, slot, S.parts - 1, S)
+        for part in gl.static_range(PARTS):
+            scale = scale + (_values(scales, slot, part, S),)  # type: ignore[assignment]
+            if S.zeros:
+                zero = zero + (_values(zeros, slot, part, S),)  # type: ignore[assignment]
     else:
         w = weights.index(slot).load(S.a)
-        scale = w
-        last_scale = w
-        zero = w
-        last_zero = w
-    return w, scale, last_scale, zero, last_zero
+    return w, scale, zero
 
 
 @gluon.jit
@@ -152,35 +183,26 @@ def add(acc, taken, x, sums, it, weight, S: gl.constexpr):
             rows than one.
         weight: [split], multiplies what each part contributes; None for 1.
     """
-    w, scale, last_scale, zero_point, last_zero_point = taken
+    w, scales, zeros = taken
     if S.int4:
         OFFSET: gl.constexpr = magic(x.dtype == gl.float16)
-        words: gl.constexpr = 4 // S.parts
-        codes = gl.reshape(w, (S.split, S.row_tiles, S.blocks, 8, 4, S.parts, words))
         PARTS: gl.constexpr = S.parts
-        COLUMNS: gl.constexpr = S.width // S.parts
+        COLUMNS: gl.constexpr = S.width // PARTS
+        codes = gl.reshape(w, (S.split, S.row_tiles, S.blocks, 8, 4, 4))
         for part in gl.static_range(PARTS):
-            if S.parts == 1:
-                mine = gl.reshape(codes, (S.split, S.row_tiles, S.blocks, 8, 4, 4))
-                b = x
-            else:
-                first, second = gl.split(gl.permute(codes, (0, 1, 2, 3, 4, 6, 5)))
-                b_first, b_second = _halves(x, S.width)
-                mine = first if part == 0 else second
-                b = gl.convert_layout(b_first if part == 0 else b_second, S.b, assert_trivial=True)
-            factor = (scale if part == 0 else last_scale).to(gl.float32)
+            b = gl.convert_layout(_columns(x, part, PARTS), S.b, assert_trivial=True)
+            factor = scales[part].to(gl.float32)
             if weight is not None:
                 factor = factor * gl.expand_dims(weight, 1)
-            zero = None
             total = None
-            if S.zeros:
-                zero = (zero_point if part == 0 else last_zero_point).to(gl.float32) + OFFSET
-                zero = gl.expand_dims(zero, 2)
             if sums is not None:
-                total = sums.index(it * S.parts + part).load(S.acc_parts)
+                total = sums.index(it * PARTS + part).load(S.acc_parts)
                 total = gl.expand_dims(gl.expand_dims(total, 1), 2)
-                if not S.zeros:
-                    zero = 8.0 + OFFSET
+            if S.zeros:
+                zero = gl.expand_dims(zeros[part].to(gl.float32) + OFFSET, 2)
+            else:
+                zero = 8.0 + OFFSET
+            mine = _codes(codes, part, PARTS)
             acc += _scaled(mine, b, gl.expand_dims(factor, 2), zero, total, COLUMNS, S)
     elif weight is None:
         acc = mma_v2(w, x, acc)

@@ -1,0 +1,92 @@
+"""Launches of the warp-specialised kernels: as many workgroups as the device has units share all tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moert.backends.launch_parts import sort_args
+from moert.backends.specialised_tiles import specialised_int4_shape, specialised_shape
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.launch import Launch
+from moert.plan import Tile
+from moert.quantization.int4_layout import Int4Matrix
+from moert.steps.down.specialised import down_specialised_kernel
+from moert.steps.down.specialised_int4 import down_specialised_int4_kernel
+from moert.steps.gate_up.specialised import gate_up_specialised_kernel
+from moert.steps.gate_up.specialised_int4 import gate_up_specialised_int4_kernel
+from moert.steps.specialised.int4_shape import SpecialisedInt4Shape
+from moert.steps.specialised.shape import SpecialisedShape
+from moert.weights import ExpertWeights
+
+
+def gate_up_specialised(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    facts: DeviceFacts,
+    tile: Tile,
+    views: Mapping[str, torch.Tensor],
+) -> Launch:
+    """The gate/up GEMM; views: "h", and those of the sort."""
+    constants = {
+        "K": cfg.top_k,
+        "ACTIVATION": cfg.activation,
+        "LIMIT": cfg.activation_limit or 0.0,
+        "ALPHA": cfg.activation_alpha,
+    }
+    args = {"b13_ptr": weights.b13, "h_ptr": views["h"]}
+    return _launch(cfg, weights, facts, tile, views, True, args, constants)
+
+
+def down_specialised(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    facts: DeviceFacts,
+    tile: Tile,
+    views: Mapping[str, torch.Tensor],
+) -> Launch:
+    """The down GEMM; views as for `gate_up_specialised`, and "y"."""
+    args = {
+        "b2_ptr": weights.b2,
+        "h_ptr": views["h"],
+        "y_ptr": views["y"],
+        "sorted_weights": views["sorted_weights"],
+    }
+    return _launch(cfg, weights, facts, tile, views, False, args, {"K": cfg.top_k})
+
+
+def _launch(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    facts: DeviceFacts,
+    tile: Tile,
+    views: Mapping[str, torch.Tensor],
+    up: bool,
+    args: dict[str, Any],
+    constants: dict[str, Any],
+) -> Launch:
+    matrix = weights.w13 if up else weights.w2
+    name = "w13_ptr" if up else "w2_ptr"
+    shape: SpecialisedShape | SpecialisedInt4Shape
+    if isinstance(matrix, Int4Matrix):
+        kernel = gate_up_specialised_int4_kernel if up else down_specialised_int4_kernel
+        shape = specialised_int4_shape(cfg, facts, tile, up=up)
+        args |= {name: matrix.codes, "scales_ptr": matrix.scales, "zeros_ptr": matrix.zeros}
+    else:
+        kernel = gate_up_specialised_kernel if up else down_specialised_kernel
+        strides = (matrix.stride(0), matrix.stride(1))
+        shape = specialised_shape(
+            cfg, facts, tile, up=up, interleaved=weights.interleaved, strides=strides
+        )
+        args |= {name: matrix}
+    return Launch(
+        kernel,
+        lambda tokens: (shape.programs, 1, 1),
+        {**args, **sort_args(views)},
+        {**constants, "S": shape},
+        tile.num_warps,
+        1,
+    )

@@ -1,0 +1,135 @@
+"""Choices of the warp-specialised kernels (`moert/steps/specialised`): where they serve, what to time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moert.backends import stream_tiles
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.plan import Choice, Tile
+from moert.quantization.int4_layout import columns_per_group
+from moert.steps.specialised.int4_shape import ROW_TILES, ROWS, SpecialisedInt4Shape
+from moert.steps.specialised.shape import STEP, SpecialisedShape
+
+# blocks that go through the tiles side by side: T=512, E=8, K=2, H=4096, I=14336 on an H200, blocks of 128
+# rows in portable kernels, 1 and 8 side by side: 1171 and 1124 us; blocks of 64 rows at T=256: 1007 and 817
+SIDE = 8
+# mean rows an expert from which on a block of weights is used by enough rows to be worth timing, and from
+# which on they are the default. On an H200: E=128, K=8, H=2048, I=768 in bfloat16, 32 rows: 332 us for 309 in
+# portable kernels, 128 rows: 491 for 503; int4, 32 rows: 180 for 211
+LEAST_MEAN = 24
+DEFAULT_MEAN = 96
+LEAST_INT4_MEAN = 6
+DEFAULT_INT4_MEAN = 24
+MOST_ELEMENTS = 2**31
+# BM, BN, warps, stages
+_TILES = ((128, 256, 8, 4), (128, 128, 8, 6), (64, 256, 8, 5))
+# BM, warps of each of two multiplying partitions, stages
+_INT4_TILES = ((32, 8, 6), (64, 4, 6), (128, 4, 6), (128, 4, 4))
+
+
+def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
+    """Why the warp-specialised kernels cannot serve; None where they can."""
+    if facts.compute_capability != 90:
+        return "made of the matrix instructions of compute capability 9.0"
+    if 2 * cfg.hidden_size * cfg.intermediate_size >= MOST_ELEMENTS:
+        return "an expert's weights are found by 32-bit offsets: fewer than 2^31 elements"
+    return stream_tiles.refuses(cfg, facts)
+
+
+def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Iterator[Choice]:
+    """Sorted strategies, the likeliest first; `mean` rows an expert gets."""
+    if refuses(cfg, facts) is not None:
+        return
+    least = LEAST_MEAN if cfg.quant is None else LEAST_INT4_MEAN
+    tiles = [t for t in _tiles(cfg) if mean >= max(least, t.bm / 4) and _fits(cfg, facts, t)]
+    # the tallest blocks of which an expert fills half
+    for tile in sorted(tiles, key=lambda t: (t.bm > 2 * mean, -t.bm)):
+        yield Choice(strategy, tile, tile, facts.dependent_launch)
+
+
+def default(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Choice | None:
+    """The choice made without measurement; None where other kernels are as good."""
+    least = DEFAULT_MEAN if cfg.quant is None else DEFAULT_INT4_MEAN
+    return next(choices(cfg, facts, strategy, mean), None) if mean >= least else None
+
+
+def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
+    if cfg.quant is None:
+        for bm, bn, warps, stages in _TILES:
+            yield Tile(bm, bn, STEP, warps, stages, "specialised")
+        return
+    for bm, warps, stages in _INT4_TILES:
+        # with scales for less than two steps, a register or two of the tallest would spill
+        if bm < 128 or cfg.quant.group_size % 128 == 0:
+            yield Tile(bm, ROW_TILES * ROWS, STEP, warps, stages, "specialised")
+
+
+def _fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
+    for up in (True, False):
+        shape: SpecialisedShape | SpecialisedInt4Shape
+        if cfg.quant is None:
+            shape = specialised_shape(cfg, facts, tile, up=up)
+        else:
+            shape = specialised_int4_shape(cfg, facts, tile, up=up)
+        if shape.shared_bytes > facts.shared_memory:
+            return False
+    return True
+
+
+def specialised_shape(
+    cfg: MoEConfig,
+    facts: DeviceFacts,
+    tile: Tile,
+    *,
+    up: bool,
+    interleaved: bool = False,
+    strides: tuple[int, int] = (0, 0),
+) -> SpecialisedShape:
+    """What a tile of 16-bit weights compiles to.
+
+    Args:
+        up: the gate/up GEMM, else the down GEMM.
+        strides: of the weights between experts and rows, in elements.
+    """
+    reduction, columns = _sizes(cfg, up)
+    return SpecialisedShape(
+        reduction=reduction,
+        columns=columns,
+        paired=up and cfg.gated,
+        interleaved=up and cfg.gated and interleaved,
+        w_e=strides[0],
+        w_n=strides[1],
+        bm=tile.bm,
+        bn=tile.bn,
+        stages=tile.num_stages,
+        side=SIDE,
+        programs=facts.compute_units,
+    )
+
+
+def specialised_int4_shape(
+    cfg: MoEConfig, facts: DeviceFacts, tile: Tile, *, up: bool
+) -> SpecialisedInt4Shape:
+    """The same for int4 weights."""
+    assert cfg.quant is not None
+    reduction, columns = _sizes(cfg, up)
+    return SpecialisedInt4Shape(
+        zeros=not cfg.quant.symmetric,
+        group=columns_per_group(cfg.quant.group_size, reduction),
+        reduction=reduction,
+        columns=columns,
+        paired=up and cfg.gated,
+        bm=tile.bm,
+        warps=tile.num_warps,
+        stages=tile.num_stages,
+        side=SIDE,
+        programs=facts.compute_units,
+    )
+
+
+def _sizes(cfg: MoEConfig, up: bool) -> tuple[int, int]:
+    """Columns of a weight's row, and of the output."""
+    sizes = (cfg.hidden_size, cfg.intermediate_size)
+    return sizes if up else sizes[::-1]

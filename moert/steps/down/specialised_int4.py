@@ -1,0 +1,136 @@
+"""Down GEMM of int4 weights with warps that copy and warps that multiply (`moert/steps/specialised`)."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.specialised.int4_pipeline import (
+    copy_int4_tile,
+    has_more,
+    make_int4_ring,
+    multiply_int4_tile,
+)
+from moert.steps.specialised.pipeline import block_and_tile
+
+
+@gluon.jit
+def _copy(ring, rows, h_ptr, w2, K: gl.constexpr, S: gl.constexpr):
+    sorted_token_ids, sorted_expert_ids, blocks = rows
+    w2_ptr, scales_ptr, zeros_ptr = w2
+    it = 0
+    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+        block, tile = block_and_tile(t, blocks, S)
+        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
+        slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
+        packed = gl.load(sorted_token_ids + slots)
+        live = (packed >> 24) < K  # padding slots carry K
+        row = gl.where(live, (packed & 0xFFFFFF) * K + (packed >> 24), 0)
+        h_rows = row.to(gl.int64) * S.reduction
+        first = tile * (2 * S.row_tiles)
+        it = copy_int4_tile(
+            ring, it, h_ptr, h_rows, live, w2_ptr, scales_ptr, zeros_ptr, expert, first, S
+        )
+
+
+@gluon.jit
+def _one_tile(
+    ring,
+    it,
+    rows,
+    block,
+    tile,
+    sorted_weights,
+    b2_ptr,
+    y_ptr,
+    K: gl.constexpr,
+    PARTITION: gl.constexpr,
+    N: gl.constexpr,
+    S: gl.constexpr,
+):
+    """One tile of the first N rows of a block; returns the count of steps so far."""
+    sorted_token_ids, sorted_expert_ids, _ = rows
+    acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
+    L: gl.constexpr = acc.type.layout
+    first = (tile * 2 + PARTITION) * S.width
+    if b2_ptr is not None:
+        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
+        n = first + gl.arange(0, S.width, gl.SliceLayout(1, L))
+        b = gl.load(b2_ptr + expert * S.columns + n, mask=n < S.columns, other=0.0)
+        acc += gl.expand_dims(b.to(gl.float32), 1)
+    weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
+    y = (acc * gl.expand_dims(weight, 0)).to(y_ptr.dtype.element_ty)
+    y = gl.convert_layout(y, S.out)
+    n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
+    packed = gl.load(sorted_token_ids + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out)))
+    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
+    mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
+    gl.store(gl.expand_dims(y_ptr + row * S.columns, 0) + n, y, mask=mask)
+    return it
+
+
+@gluon.jit
+def _multiply(
+    ring,
+    rows,
+    sorted_weights,
+    b2_ptr,
+    y_ptr,
+    K: gl.constexpr,
+    PARTITION: gl.constexpr,
+    S: gl.constexpr,
+):
+    sorted_token_ids, _, blocks = rows
+    it = 0
+    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+        block, tile = block_and_tile(t, blocks, S)
+        if has_more(sorted_token_ids, block, S.half, K, S):
+            it = _one_tile(
+                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
+            )
+        elif S.quarter == S.half:
+            it = _one_tile(
+                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
+            )
+        elif has_more(sorted_token_ids, block, S.quarter, K, S):
+            it = _one_tile(
+                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
+            )
+        else:
+            it = _one_tile(
+                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.quarter, S
+            )  # fmt: skip
+
+
+@gluon.jit
+def down_specialised_int4_kernel(
+    sorted_token_ids,
+    sorted_weights,
+    sorted_expert_ids,
+    num_valid_ids,
+    h_ptr,
+    w2_ptr,
+    scales_ptr,
+    zeros_ptr,
+    b2_ptr,
+    y_ptr,
+    K: gl.constexpr,
+    S: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    ring = make_int4_ring(h_ptr.dtype.element_ty, S)
+    blocks = gl.load(num_valid_ids) // S.bm
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    rows = (sorted_token_ids, sorted_expert_ids, blocks)
+    w2 = (w2_ptr, scales_ptr, zeros_ptr)
+    gl.warp_specialize(
+        [
+            (_multiply, (ring, rows, sorted_weights, b2_ptr, y_ptr, K, 0, S)),
+            (_multiply, (ring, rows, sorted_weights, b2_ptr, y_ptr, K, 1, S)),
+            (_copy, (ring, rows, h_ptr, w2, K, S)),
+        ],
+        S.workers,
+        S.registers,
+    )

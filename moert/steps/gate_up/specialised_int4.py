@@ -1,0 +1,164 @@
+"""Gate/up GEMM of int4 weights with warps that copy and warps that multiply (`moert/steps/specialised`)."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from moert.steps.activation.triton import activate
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.gate_up.triton import add_bias
+from moert.steps.specialised.int4_pipeline import (
+    copy_int4_tile,
+    has_more,
+    make_int4_ring,
+    multiply_int4_tile,
+)
+from moert.steps.specialised.pipeline import block_and_tile
+
+
+@gluon.jit
+def _copy(
+    ring,
+    rows,
+    x_ptr,
+    x_stride,
+    w13,
+    K: gl.constexpr,
+    S: gl.constexpr,
+):
+    sorted_token_ids, sorted_expert_ids, blocks = rows
+    w13_ptr, scales_ptr, zeros_ptr = w13
+    it = 0
+    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+        block, tile = block_and_tile(t, blocks, S)
+        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
+        slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
+        packed = gl.load(sorted_token_ids + slots)
+        live = (packed >> 24) < K  # padding slots carry K
+        x_rows = gl.where(live, packed & 0xFFFFFF, 0).to(gl.int64) * x_stride
+        first = tile * (2 * S.row_tiles)
+        it = copy_int4_tile(
+            ring, it, x_ptr, x_rows, live, w13_ptr, scales_ptr, zeros_ptr, expert, first, S
+        )
+
+
+@gluon.jit
+def _one_tile(
+    ring,
+    it,
+    rows,
+    block,
+    tile,
+    b13_ptr,
+    h_ptr,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    PARTITION: gl.constexpr,
+    N: gl.constexpr,
+    S: gl.constexpr,
+):
+    """One tile of the first N rows of a block; returns the count of steps so far."""
+    sorted_token_ids, sorted_expert_ids, _ = rows
+    acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
+    if S.paired:
+        halves = gl.reshape(acc, (S.row_tiles, 2, 8, N))
+        gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
+        gate = gl.reshape(gate, (S.width, N))
+        up = gl.reshape(up, (S.width, N))
+    else:
+        gate = acc
+        up = acc
+    first = (tile * 2 + PARTITION) * S.width
+    if b13_ptr is not None:
+        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
+        bias = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
+        n = first + gl.arange(0, S.width, gl.SliceLayout(1, gate.type.layout))
+        n = gl.expand_dims(n, 1)
+        gate, up = add_bias(gate, up, bias, n, S.columns, S.paired, False)
+    h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA).to(h_ptr.dtype.element_ty)
+    h = gl.convert_layout(h, S.out)
+    n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
+    slots = block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out))
+    packed = gl.load(sorted_token_ids + slots)
+    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
+    mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
+    gl.store(gl.expand_dims(h_ptr + row * S.columns, 0) + n, h, mask=mask)
+    return it
+
+
+@gluon.jit
+def _multiply(
+    ring,
+    rows,
+    b13_ptr,
+    h_ptr,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    PARTITION: gl.constexpr,
+    S: gl.constexpr,
+):
+    sorted_token_ids, _, blocks = rows
+    it = 0
+    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+        block, tile = block_and_tile(t, blocks, S)
+        if has_more(sorted_token_ids, block, S.half, K, S):
+            it = _one_tile(
+                ring, it, rows, block, tile, b13_ptr, h_ptr,
+                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
+            )  # fmt: skip
+        elif S.quarter == S.half:
+            it = _one_tile(
+                ring, it, rows, block, tile, b13_ptr, h_ptr,
+                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
+            )  # fmt: skip
+        elif has_more(sorted_token_ids, block, S.quarter, K, S):
+            it = _one_tile(
+                ring, it, rows, block, tile, b13_ptr, h_ptr,
+                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
+            )  # fmt: skip
+        else:
+            it = _one_tile(
+                ring, it, rows, block, tile, b13_ptr, h_ptr,
+                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.quarter, S,
+            )  # fmt: skip
+
+
+@gluon.jit
+def gate_up_specialised_int4_kernel(
+    x_ptr,
+    x_stride,
+    sorted_token_ids,
+    sorted_expert_ids,
+    num_valid_ids,
+    w13_ptr,
+    scales_ptr,
+    zeros_ptr,
+    b13_ptr,
+    h_ptr,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    S: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    ring = make_int4_ring(h_ptr.dtype.element_ty, S)
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    blocks = gl.load(num_valid_ids) // S.bm
+    rows = (sorted_token_ids, sorted_expert_ids, blocks)
+    w13 = (w13_ptr, scales_ptr, zeros_ptr)
+    gl.warp_specialize(
+        [
+            (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 0, S)),
+            (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 1, S)),
+            (_copy, (ring, rows, x_ptr, x_stride, w13, K, S)),
+        ],
+        S.workers,
+        S.registers,
+    )

@@ -1,0 +1,25 @@
+"""Warps that copy and warps that multiply: what the grouped GEMMs for many rows an expert share (Hopper,
+written in Gluon).
+
+One workgroup on each unit goes through its share of (block of BM sorted rows, tile of 256 weight rows), live
+blocks alone. Four of its warps copy the rows of x and the weights of the next steps of 64 columns into a ring
+in shared memory, across the end of a tile and into the next; the others multiply with `wgmma`, and never
+compute an address of what they multiply. Two rows of barriers, full and empty, stand between them. Blocks of
+one expert, which read the same weights, go through the tiles side by side.
+
+16-bit weights: x [BM, 64] w^T [64, 256] out of shared memory, two warpgroups of 64 rows each, or of half the
+columns each where BM is 64; 128 fp32 accumulators a thread. What bounds it is the second-level cache: a step
+of 128 x 256 brings 48 KiB for 4.2 MFLOP, at T=4096 6.9 TB/s.
+
+int4 weights: out^T = w x^T. Codes go from shared memory through a shift, an AND-OR, a subtraction of the zero
+point and a multiplication by the scale into the registers that `wgmma` takes its first operand from; two
+partitions of warps have half of the weight rows each, and widen a step while the matrix unit works on
+the step before. The instruction has 16, 32, 64 or 128 columns: as many as a block has rows, rounded up, so
+that blocks of 128, which widen a weight once for all of an expert's rows, cost no more than they hold. The
+scaled weight is rounded to 16 bits once, where the portable kernels scale the product.
+
+Two ways with the registers of `wgmma` (ptxas of CUDA 12.8): a loop that widens the next step into a
+variable that is the current one in the next iteration is compiled to one instruction at a time, each waited
+for (ptxas note C7513, "serialized"), 20% slower at T=4096 than without overlap; two variables in turn, two
+steps an iteration, are not.
+"""

@@ -1,0 +1,164 @@
+"""The ring between the warps that copy and the two warpgroups that widen and multiply int4 weights."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moert.steps.specialised.int4_widen import scaled_weights
+
+
+@gluon.jit
+def make_int4_ring(DTYPE: gl.constexpr, S: gl.constexpr):
+    """Stages of rows, codes, scales and zero points, and barriers that say which are full, which empty."""
+    STAGES: gl.constexpr = S.stages
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, S.bm, 64], S.swizzled)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * S.row_tiles, 32, 4], S.plain(3))
+    scales = gl.allocate_shared_memory(DTYPE, [STAGES, S.parts, 32 * S.row_tiles], S.plain(2))
+    zeros = scales
+    if S.zeros:
+        zeros = gl.allocate_shared_memory(DTYPE, [STAGES, S.parts, 32 * S.row_tiles], S.plain(2))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        # every copying thread says when its copies are done, every multiplying one when its products are
+        mbarrier.init(full.index(i), count=128)
+        mbarrier.init(empty.index(i), count=64 * S.warps)
+    return xs, codes, scales, zeros, full, empty
+
+
+@gluon.jit
+def copy_int4_tile(
+    ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr, expert, tile, S: gl.constexpr
+):
+    """Copy all steps of one tile into the ring, as places become empty; returns the count of steps so far.
+
+    Args:
+        it: steps copied before.
+        x_rows, live: [bm] offsets of the rows of inputs, and whether they are read (S.copies rows).
+        tile: first row tile.
+    """
+    xs, codes, scales, zeros, full, empty = ring
+    C: gl.constexpr = S.copy_codes
+    t = tile + gl.arange(0, 2 * S.row_tiles, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, C)))
+    inner = gl.expand_dims(gl.expand_dims(lane * 4, 0), 2) + gl.expand_dims(
+        gl.expand_dims(word, 0), 0
+    )
+    # 32 bits within an expert: half the registers of pointers
+    codes_ptr += expert * (S.all_tiles * S.row_blocks * 128)
+    words = gl.expand_dims(gl.expand_dims(t * (S.row_blocks * 128), 1), 2) + inner
+    has_words = gl.expand_dims(gl.expand_dims(t < S.all_tiles, 1), 2) & (inner >= 0)
+    V: gl.constexpr = S.copy_values
+    part = gl.arange(0, S.parts, gl.SliceLayout(1, V))
+    r = gl.arange(0, 32 * S.row_tiles, gl.SliceLayout(0, V))
+    value_tile = tile + r // 16
+    before = expert * (S.all_tiles * S.groups * 16)
+    offset = value_tile * (S.groups * 16) + r % 16
+    offset = gl.expand_dims(offset, 0) + gl.expand_dims(part * 16, 1)
+    has_tile = gl.expand_dims(value_tile < S.all_tiles, 0)
+    X: gl.constexpr = S.copies
+    k = gl.arange(0, 64, gl.SliceLayout(0, X))
+    x = gl.expand_dims(x_rows, 1) + gl.expand_dims(k, 0)
+    for step in range(S.row_blocks):
+        slot = it % S.stages
+        mbarrier.wait(empty.index(slot), ((it // S.stages) & 1) ^ 1)
+        async_copy.async_copy_global_to_shared(
+            codes.index(slot), codes_ptr + step * 128 + words, has_words
+        )
+        group = (step * 64) // S.group
+        has_values = has_tile & gl.expand_dims(group + part < S.groups, 1)
+        async_copy.async_copy_global_to_shared(
+            scales.index(slot), scales_ptr + (before + group * 16) + offset, has_values
+        )
+        if S.zeros:
+            async_copy.async_copy_global_to_shared(
+                zeros.index(slot), zeros_ptr + (before + group * 16) + offset, has_values
+            )
+        has_rows = gl.expand_dims(live, 1)
+        if S.reduction % 64 != 0:
+            has_rows = has_rows & gl.expand_dims(k < S.reduction - step * 64, 0)
+        async_copy.async_copy_global_to_shared(xs.index(slot), x_ptr + step * 64 + x, has_rows)
+        async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+        it += 1
+    return it
+
+
+@gluon.jit
+def _weights(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """This partition's weights of step `it`, once they are there."""
+    xs, codes, scales, zeros, full, _ = ring
+    slot = it % S.stages
+    mbarrier.wait(full.index(slot), (it // S.stages) & 1)
+    mine = codes.index(slot).slice(PARTITION * S.row_tiles, S.row_tiles, 0).load(S.codes)
+    PARTS: gl.constexpr = S.stages * S.parts * 2
+    by_tile = scales._reinterpret(scales.dtype, [PARTS, S.row_tiles, 16], S.plain(2))
+    zeros_by_tile = zeros._reinterpret(scales.dtype, [PARTS, S.row_tiles, 16], S.plain(2))
+    at = slot * (S.parts * 2) + PARTITION
+    return scaled_weights(mine, by_tile, zeros_by_tile, at, xs.dtype, N, S)
+
+
+@gluon.jit
+def _ask(ring, it, w, acc, N: gl.constexpr, S: gl.constexpr):
+    """acc + w x^T of step `it`, under way when this returns."""
+    xs, _, _, _, _, _ = ring
+    # the copies wrote through the generic proxy
+    fence_async_shared()
+    x = xs.index(it % S.stages).slice(0, N, 0).permute((1, 0))
+    return warpgroup_mma(w, x, acc, is_async=True)
+
+
+@gluon.jit
+def _done(ring, it, w, acc, S: gl.constexpr):
+    """The sum of what is under way; the place of step `it` in the ring is free again."""
+    _, _, _, _, _, empty = ring
+    # w too: its registers are read until then
+    acc, w = warpgroup_mma_wait(0, deps=[acc, w])
+    # each thread for itself, at once: it has no copies under way
+    async_copy.mbarrier_arrive(empty.index(it % S.stages), increment_count=False)
+    return acc
+
+
+@gluon.jit
+def multiply_int4_tile(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """w x^T [row_tiles * 16, N] fp32 of this partition's half of a tile, and the count of steps so far.
+
+    The weights of a step are widened while the matrix unit works on those of the step before, two steps an
+    iteration: see the package's docstring.
+    """
+    acc = gl.full([S.row_tiles * 16, N], 0, gl.float32, S.mma(N))
+    even = _weights(ring, it, PARTITION, N, S)
+    for _ in range((S.row_blocks - 1) // 2):
+        acc = _ask(ring, it, even, acc, N, S)
+        odd = _weights(ring, it + 1, PARTITION, N, S)
+        acc = _done(ring, it, even, acc, S)
+        acc = _ask(ring, it + 1, odd, acc, N, S)
+        even = _weights(ring, it + 2, PARTITION, N, S)
+        acc = _done(ring, it + 1, odd, acc, S)
+        it += 2
+    if S.row_blocks % 2 == 0:
+        acc = _ask(ring, it, even, acc, N, S)
+        odd = _weights(ring, it + 1, PARTITION, N, S)
+        acc = _done(ring, it, even, acc, S)
+        acc = _ask(ring, it + 1, odd, acc, N, S)
+        acc = _done(ring, it + 1, odd, acc, S)
+        it += 2
+    else:
+        acc = _ask(ring, it, even, acc, N, S)
+        acc = _done(ring, it, even, acc, S)
+        it += 1
+    return acc, it
+
+
+@gluon.jit
+def has_more(sorted_token_ids, block, n: gl.constexpr, K: gl.constexpr, S: gl.constexpr):
+    """Whether a block has more than n rows: padding, of slot K, comes last."""
+    return (gl.load(sorted_token_ids + block * S.bm + n) >> 24) < K

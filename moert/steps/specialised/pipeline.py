@@ -1,0 +1,99 @@
+"""The ring between warps that copy and warps that multiply."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moert.steps.specialised.shape import COPY_WARPS, STEP
+
+COPY_THREADS = gl.constexpr(COPY_WARPS * 32)
+COLUMNS = gl.constexpr(STEP)
+
+
+@gluon.jit
+def make_ring(DTYPE: gl.constexpr, S: gl.constexpr):
+    """Stages of rows and weights in shared memory, and the barriers that say which are full, which empty."""
+    xs = gl.allocate_shared_memory(DTYPE, [S.stages, S.bm, COLUMNS], S.swizzled)
+    ws = gl.allocate_shared_memory(DTYPE, [S.stages, S.bn, COLUMNS], S.swizzled)
+    full = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
+    STAGES: gl.constexpr = S.stages
+    for i in gl.static_range(STAGES):
+        # every copying thread says when its copies are done
+        mbarrier.init(full.index(i), count=COPY_THREADS)
+        mbarrier.init(empty.index(i), count=1)
+    return xs, ws, full, empty
+
+
+@gluon.jit
+def block_and_tile(t, blocks, S: gl.constexpr):
+    """(block, tile) of piece of work t: S.side blocks go through the tiles side by side."""
+    first = t // (S.side * S.tiles) * S.side
+    side = gl.minimum(blocks - first, S.side)
+    inside = t % (S.side * S.tiles)
+    return first + inside % side, inside // side
+
+
+@gluon.jit
+def copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile, S: gl.constexpr):
+    """Copy all steps of one tile into the ring, as places become empty; returns the count of steps so far.
+
+    Args:
+        it: steps copied before.
+        x_rows, live: [bm] offsets of the rows of inputs, and whether they are read (S.copies rows).
+    """
+    L: gl.constexpr = S.copies
+    j = gl.arange(0, S.bn, gl.SliceLayout(1, L))
+    if S.paired:
+        n = tile * S.width + (j // (2 * S.half)) * S.half + j % S.half
+        up = (j // S.half) % 2
+        row = 2 * n + up if S.interleaved else n + up * S.columns
+    else:
+        n = tile * S.width + j
+        row = n
+    inside = n < S.columns
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, L))
+    # 32 bits within an expert: half the registers of pointers
+    w = gl.expand_dims(gl.where(inside, row, 0) * S.w_n, 1) + gl.expand_dims(k, 0)
+    w_ptr += expert * S.w_e
+    x = gl.expand_dims(x_rows, 1) + gl.expand_dims(k, 0)
+    for step in range(S.steps):
+        slot = it % S.stages
+        mbarrier.wait(empty.index(slot), ((it // S.stages) & 1) ^ 1)
+        in_k = gl.expand_dims(k < S.reduction - step * COLUMNS, 0)
+        async_copy.async_copy_global_to_shared(
+            ws.index(slot), w_ptr + step * COLUMNS + w, gl.expand_dims(inside, 1) & in_k
+        )
+        async_copy.async_copy_global_to_shared(
+            xs.index(slot), x_ptr + step * COLUMNS + x, gl.expand_dims(live, 1) & in_k
+        )
+        async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+        it += 1
+    return it
+
+
+@gluon.jit
+def multiply_tile(xs, ws, full, empty, it, S: gl.constexpr):
+    """x w^T [bm, bn] fp32 of one tile, and the count of steps so far."""
+    acc = gl.full([S.bm, S.bn], 0, gl.float32, S.mma)
+    for step in range(S.steps):
+        slot = it % S.stages
+        mbarrier.wait(full.index(slot), (it // S.stages) & 1)
+        # the copies wrote through the generic proxy
+        fence_async_shared()
+        acc = warpgroup_mma(xs.index(slot), ws.index(slot).permute((1, 0)), acc, is_async=True)
+        # the product before this one is done: its place in the ring is free
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((it + S.stages - 1) % S.stages), count=1, pred=step > 0)
+        it += 1
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((it + S.stages - 1) % S.stages), count=1)
+    return acc, it

@@ -1,0 +1,165 @@
+"""Choices of the warp-specialised kernels: what is refused, what fits, what a tile compiles to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moert.backends import int4_tiles, specialised_tiles, triton_tiles
+from moert.backends.specialised_tiles import (
+    choices,
+    default,
+    refuses,
+    specialised_int4_shape,
+    specialised_shape,
+)
+from moert.backends.triton import TritonBackend
+from moert.cli.absent import absent_weights
+from moert.config import MoEConfig, Quant
+from moert.device import KNOWN_DEVICES
+from moert.plan import STRATEGIES, Tile
+from moert.quantization.int4_layout import Int4Matrix
+
+H200 = KNOWN_DEVICES["sm_90"]
+PLAIN = MoEConfig(128, 8, 2048, 768)
+INT4 = replace(PLAIN, quant=Quant("int4", 128))
+# two sizes that are multiples of 16 and of no block
+ODD = replace(PLAIN, hidden_size=528, intermediate_size=208)
+CONFIGS = {
+    "16 bits": PLAIN,
+    "16 bits, odd": replace(ODD, dtype="float16"),
+    "ungated": replace(ODD, gated=False),
+    "mixtral": MoEConfig(8, 2, 4096, 14336),
+    "g128": INT4,
+    "g128, odd": replace(ODD, quant=Quant("int4", 128)),
+    "g32, zero points": replace(ODD, quant=Quant("int4", 32, symmetric=False)),
+    "a group a row": replace(ODD, quant=Quant("int4", -1)),
+    "ungated, int4": replace(ODD, gated=False, quant=Quant("int4", 64)),
+    "narrow": replace(INT4, hidden_size=32, intermediate_size=16),
+}
+MEANS = (6.0, 16.0, 24.0, 64.0, 1000.0)
+
+
+def tiles(cfg: MoEConfig) -> set[Tile]:
+    found = set()
+    for mean in MEANS:
+        for choice in choices(cfg, H200, "one_shot", mean):
+            assert choice.gate_up == choice.down and choice.dependent
+            found |= {choice.gate_up}
+    return found
+
+
+@pytest.mark.parametrize("arch", sorted(set(KNOWN_DEVICES) - {"sm_90"}))
+def test_other_devices_are_refused(arch: str) -> None:
+    facts = KNOWN_DEVICES[arch]
+    reason = refuses(INT4, facts)
+    assert reason is not None and "compute capability 9.0" in reason
+    assert not list(choices(INT4, facts, "one_shot", 64.0))
+    assert default(INT4, facts, "one_shot", 64.0) is None
+
+
+@pytest.mark.parametrize(
+    ("cfg", "reason"),
+    [
+        (replace(PLAIN, dtype="float32"), "16-bit"),
+        (replace(PLAIN, intermediate_size=200), "multiples of 16"),
+        (replace(INT4, quant=Quant("int4", 96)), "groups of"),
+    ],
+    ids=["float32", "narrow rows", "g96"],
+)
+def test_layers_that_are_refused(cfg: MoEConfig, reason: str) -> None:
+    assert reason in str(refuses(cfg, H200))
+    assert not list(choices(cfg, H200, "one_shot", 64.0))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tile_fits(name: str) -> None:
+    """Shared memory, whole instructions; programs go over all rows of the weights, steps over a whole row."""
+    cfg = CONFIGS[name]
+    assert refuses(cfg, H200) is None
+    found = tiles(cfg)
+    assert len(found) >= 2
+    for tile in found:
+        assert tile.kernel == "specialised" and tile.bk == 64
+        for up in (True, False):
+            rows, columns = (cfg.hidden_size, cfg.intermediate_size)[:: 1 if up else -1]
+            if cfg.quant is None:
+                shape = specialised_shape(cfg, H200, tile, up=up)
+                width, steps = shape.width, shape.steps
+                assert tile.bm in (64, 128) and width * (1 + shape.paired) == tile.bn
+            else:
+                int4 = specialised_int4_shape(cfg, H200, tile, up=up)
+                shape, width, steps = int4, 2 * int4.width, int4.row_blocks
+                assert int4.quarter <= int4.half <= int4.bm == tile.bm
+                assert min(int4.quarter, int4.bm) >= 16
+                # a partition's row tiles go round its warps, a step's scales are of one or two groups
+                assert int4.row_tiles % int4.warps == 0 and int4.parts in (1, 2)
+                assert int4.parts * int4.group == 64 or int4.group >= 64
+            assert (shape.tiles - 1) * width < columns <= shape.tiles * width
+            assert (steps - 1) * 64 < rows <= steps * 64
+            assert shape.shared_bytes <= H200.shared_memory
+            assert shape.programs == H200.compute_units
+
+
+def test_blocks_that_experts_fill_come_first() -> None:
+    """None of which an expert fills less than a quarter; the tallest of int4 in whole groups alone."""
+    firsts = {
+        mean: next(choices(INT4, H200, "one_shot", mean)).gate_up for mean in (8, 16, 32, 64, 500)
+    }
+    assert [tile.bm for tile in firsts.values() if tile] == [32, 32, 64, 128, 128]
+    for mean in MEANS:
+        for cfg in (PLAIN, INT4):
+            for choice in choices(cfg, H200, "one_shot", mean):
+                assert choice.gate_up is not None and choice.gate_up.bm <= 4 * mean
+    assert not list(choices(INT4, H200, "one_shot", 5.0))
+    assert not list(choices(PLAIN, H200, "one_shot", 23.0))
+    narrow = replace(INT4, quant=Quant("int4", 32))
+    assert max(tile.bm for tile in tiles(narrow)) == 64 < max(tile.bm for tile in tiles(INT4))
+
+
+@pytest.mark.parametrize(("cfg", "few", "many"), [(PLAIN, 512, 4096), (INT4, 256, 512)])
+def test_default_from_many_rows_on(cfg: MoEConfig, few: int, many: int) -> None:
+    module = triton_tiles if cfg.quant is None else int4_tiles
+    kernels = [module.default_choice(cfg, H200, tokens).gate_up.kernel for tokens in (few, many)]
+    assert kernels[0] != "specialised" and kernels[1] == "specialised"
+    for tokens in (few, many):
+        default_choice = module.default_choice(cfg, H200, tokens)
+        found = module.candidates(cfg, H200, tokens, STRATEGIES)
+        assert found[0] == default_choice and len(found) == len(set(found))
+        assert any(choice.gate_up.kernel == "tile" for choice in found)
+
+
+def test_weights_that_cannot_be_copied_are_left_to_portable_kernels() -> None:
+    weights = absent_weights(INT4)
+    assert isinstance(weights.w13, Int4Matrix)
+    order = torch.empty(INT4.num_experts, INT4.hidden_size, dtype=torch.int32, device="meta")
+    ordered = replace(weights, w13=replace(weights.w13, permutation=order))
+    transposed = absent_weights(PLAIN, transposed=True)
+    for cfg, given in ((INT4, ordered), (PLAIN, transposed)):
+        backend = TritonBackend(cfg, given, H200)
+        found = [backend.default_choice(4096), *backend.candidates(4096, STRATEGIES)]
+        assert {tile.kernel for c in found for tile in (c.gate_up, c.down) if tile} == {"tile"}
+
+
+def test_unaligned_calls_are_portable_on_the_same_arena() -> None:
+    for cfg in (PLAIN, INT4):
+        backend = TritonBackend(cfg, absent_weights(cfg), H200)
+        for tile in tiles(cfg):
+            choice = next(c for c in choices(cfg, H200, "multi_phase", 1000.0) if c.gate_up == tile)
+            unaligned = backend.unaligned(choice)
+            assert unaligned.gate_up is not None and unaligned.gate_up.kernel == "tile"
+            assert unaligned.gate_up.bm == tile.bm
+            assert backend.fields(4096, unaligned) == backend.fields(4096, choice)
+
+
+def test_offsets_within_an_expert_fit_32_bits() -> None:
+    """The copying warps add 32-bit offsets to the address of an expert; the largest layers are far below."""
+    for name, cfg in CONFIGS.items():
+        strides = (2 * cfg.intermediate_size * cfg.hidden_size, cfg.hidden_size)
+        assert strides[0] < specialised_tiles.MOST_ELEMENTS, name
+    huge = replace(PLAIN, hidden_size=1 << 16, intermediate_size=1 << 15)
+    assert "2^31" in str(refuses(huge, H200))
