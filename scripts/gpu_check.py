@@ -6,6 +6,7 @@ Each part prints one line as it ends; a part that fails is reported and makes th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -29,11 +30,15 @@ from moert.device import device_facts  # noqa: E402
 
 Part = Callable[[dict[str, Any]], bool]  # fills in what is reported, tells whether all was well
 
+COMPILE_MUCH = ("test_gpu_block.py", "test_gpu_choices.py")
 QWEN3_30B = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
 
 
 def contract_tests(part: dict[str, Any]) -> bool:
-    """Every test marked gpu, file by file, each with a line of its own as it ends."""
+    """Every test marked gpu, file by file, each with a line of its own as it ends.
+
+    With pytest-xdist, files that compile hundreds of kernels and look at nobody else's memory are shared out.
+    """
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     found = subprocess.run(
         [*pytest, "--collect-only", "tests"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -44,8 +49,10 @@ def contract_tests(part: dict[str, Any]) -> bool:
     part |= {"files": {}, "failed": [], "errors": []}
     for file in files:
         start = time.perf_counter()
+        shared = importlib.util.find_spec("xdist") and Path(file).name in COMPILE_MUCH
+        workers = ["-n", "4", "--dist", "worksteal"] if shared else []
         done = subprocess.run(
-            [*pytest, "--durations=3", file], cwd=ROOT, capture_output=True, text=True, check=False
+            [*pytest, *workers, file], cwd=ROOT, capture_output=True, text=True, check=False
         )
         lines = done.stdout.strip().splitlines()
         summary = lines[-1] if lines else done.stderr[-500:]

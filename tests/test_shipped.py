@@ -8,6 +8,7 @@ import pytest
 
 from moert import MoEConfig, Quant
 from moert.backends.int4_tiles import shared_bytes as int4_shared_bytes
+from moert.backends.specialised_tiles import specialised_int4_shape, specialised_shape
 from moert.backends.stream_tiles import stream_shape
 from moert.backends.triton_tiles import shared_bytes
 from moert.build import DEFAULT_BUCKETS, DEFAULT_MAX_TOKENS, plan_sizes
@@ -52,6 +53,9 @@ def holds(choice: Choice, cfg: MoEConfig) -> bool:
         if tile.kernel == "stream":
             direct = choice.strategy == "none"
             needed = stream_shape(cfg, tile, up=up, direct=direct).shared_bytes(direct)
+        elif tile.kernel == "specialised":
+            shaped = specialised_shape if cfg.quant is None else specialised_int4_shape
+            needed = shaped(cfg, H200, tile, up=up).shared_bytes
         elif cfg.quant is not None:
             needed = int4_shared_bytes(tile)
         else:
