@@ -32,8 +32,8 @@ what whole layers take is in README.md.
 
 Below about 24 rows an expert (int4, and 64 in 16 bits) others are ahead: E=128 K=8 H=2048 I=768 in int4 at
 T=128, 8 rows: 141 for 98. Tried and lost: int4 blocks of 128 rows that always multiply 128 columns (T=512
-above: 944 for 876); one partition of eight warps instead of two of four on blocks of 64 and 128 rows (spills);
-the portable kernel with gate and up in one product of 256 columns and four stages (16 bits, T=512: 1075 for
+above: 944 for 876); eight warps a partition instead of four on blocks of 64 and 128 rows (spills); the
+portable kernel with gate and up in one product of 256 columns and four stages (16 bits, T=512: 1075 for
 1171 of its own, no more than level).
 
 Two ways with the registers of `wgmma` (ptxas of CUDA 12.8): a loop that widens the next step into a
