@@ -6,30 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
-from moert.steps.specialised.pipeline import block_and_tile, copy_tile, make_ring, multiply_tile
-
-
-@gluon.jit
-def _copy(
-    ring,
-    rows,
-    h_ptr,
-    w2_ptr,
-    K: gl.constexpr,
-    S: gl.constexpr,
-):
-    xs, ws, full, empty = ring
-    sorted_token_ids, sorted_expert_ids, blocks = rows
-    it = 0
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
-        packed = gl.load(sorted_token_ids + slots)
-        live = (packed >> 24) < K  # padding slots carry K
-        row = gl.where(live, (packed & 0xFFFFFF) * K + (packed >> 24), 0)
-        h_rows = row.to(gl.int64) * S.reduction
-        it = copy_tile(xs, ws, full, empty, it, h_ptr, h_rows, live, w2_ptr, expert, tile, S)
+from moert.steps.specialised.pipeline import block_and_tile, copy_tiles, make_ring, multiply_tile
 
 
 @gluon.jit
@@ -82,10 +59,11 @@ def down_specialised_kernel(
     rows = (sorted_token_ids, sorted_expert_ids, gl.load(num_valid_ids) // S.bm)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
+    STRIDE: gl.constexpr = S.reduction
     gl.warp_specialize(
         [
             (_multiply, (ring, rows, sorted_weights, b2_ptr, y_ptr, K, S)),
-            (_copy, (ring, rows, h_ptr, w2_ptr, K, S)),
+            (copy_tiles, (ring, rows, h_ptr, STRIDE, w2_ptr, False, K, S)),
         ],
         [S.copy_warps],
         [S.copy_registers],

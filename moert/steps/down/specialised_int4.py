@@ -7,31 +7,12 @@ from triton.experimental.gluon import language as gl
 
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.specialised.int4_pipeline import (
-    copy_int4_tile,
+    copy_int4_tiles,
     has_more,
     make_int4_ring,
     multiply_int4_tile,
 )
 from moert.steps.specialised.pipeline import block_and_tile
-
-
-@gluon.jit
-def _copy(ring, rows, h_ptr, w2, K: gl.constexpr, S: gl.constexpr):
-    sorted_token_ids, sorted_expert_ids, blocks = rows
-    w2_ptr, scales_ptr, zeros_ptr = w2
-    it = 0
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
-        packed = gl.load(sorted_token_ids + slots)
-        live = (packed >> 24) < K  # padding slots carry K
-        row = gl.where(live, (packed & 0xFFFFFF) * K + (packed >> 24), 0)
-        h_rows = row.to(gl.int64) * S.reduction
-        first = tile * (2 * S.row_tiles)
-        it = copy_int4_tile(
-            ring, it, h_ptr, h_rows, live, w2_ptr, scales_ptr, zeros_ptr, expert, first, S
-        )
 
 
 @gluon.jit
@@ -125,11 +106,12 @@ def down_specialised_int4_kernel(
     let_successor_start(PDL)
     rows = (sorted_token_ids, sorted_expert_ids, blocks)
     w2 = (w2_ptr, scales_ptr, zeros_ptr)
+    STRIDE: gl.constexpr = S.reduction
     gl.warp_specialize(
         [
             (_multiply, (ring, rows, sorted_weights, b2_ptr, y_ptr, K, 0, S)),
             (_multiply, (ring, rows, sorted_weights, b2_ptr, y_ptr, K, 1, S)),
-            (_copy, (ring, rows, h_ptr, w2, K, S)),
+            (copy_int4_tiles, (ring, rows, h_ptr, STRIDE, w2, False, K, S)),
         ],
         S.workers,
         S.registers,

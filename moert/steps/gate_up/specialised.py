@@ -8,30 +8,7 @@ from triton.experimental.gluon import language as gl
 from moert.steps.activation.triton import activate
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
-from moert.steps.specialised.pipeline import block_and_tile, copy_tile, make_ring, multiply_tile
-
-
-@gluon.jit
-def _copy(
-    ring,
-    rows,
-    x_ptr,
-    x_stride,
-    w13_ptr,
-    K: gl.constexpr,
-    S: gl.constexpr,
-):
-    xs, ws, full, empty = ring
-    sorted_token_ids, sorted_expert_ids, blocks = rows
-    it = 0
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
-        packed = gl.load(sorted_token_ids + slots)
-        live = (packed >> 24) < K  # padding slots carry K
-        x_rows = gl.where(live, packed & 0xFFFFFF, 0).to(gl.int64) * x_stride
-        it = copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w13_ptr, expert, tile, S)
+from moert.steps.specialised.pipeline import block_and_tile, copy_tiles, make_ring, multiply_tile
 
 
 @gluon.jit
@@ -134,7 +111,7 @@ def gate_up_specialised_kernel(
     gl.warp_specialize(
         [
             (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)),
-            (_copy, (ring, rows, x_ptr, x_stride, w13_ptr, K, S)),
+            (copy_tiles, (ring, rows, x_ptr, x_stride, w13_ptr, True, K, S)),
         ],
         [S.copy_warps],
         [S.copy_registers],

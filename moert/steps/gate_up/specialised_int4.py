@@ -9,38 +9,12 @@ from moert.steps.activation.triton import activate
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
 from moert.steps.specialised.int4_pipeline import (
-    copy_int4_tile,
+    copy_int4_tiles,
     has_more,
     make_int4_ring,
     multiply_int4_tile,
 )
 from moert.steps.specialised.pipeline import block_and_tile
-
-
-@gluon.jit
-def _copy(
-    ring,
-    rows,
-    x_ptr,
-    x_stride,
-    w13,
-    K: gl.constexpr,
-    S: gl.constexpr,
-):
-    sorted_token_ids, sorted_expert_ids, blocks = rows
-    w13_ptr, scales_ptr, zeros_ptr = w13
-    it = 0
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
-        packed = gl.load(sorted_token_ids + slots)
-        live = (packed >> 24) < K  # padding slots carry K
-        x_rows = gl.where(live, packed & 0xFFFFFF, 0).to(gl.int64) * x_stride
-        first = tile * (2 * S.row_tiles)
-        it = copy_int4_tile(
-            ring, it, x_ptr, x_rows, live, w13_ptr, scales_ptr, zeros_ptr, expert, first, S
-        )
 
 
 @gluon.jit
@@ -157,7 +131,7 @@ def gate_up_specialised_int4_kernel(
         [
             (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 0, S)),
             (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 1, S)),
-            (_copy, (ring, rows, x_ptr, x_stride, w13, K, S)),
+            (copy_int4_tiles, (ring, rows, x_ptr, x_stride, w13, True, K, S)),
         ],
         S.workers,
         S.registers,

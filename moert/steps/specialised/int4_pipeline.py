@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moert.steps.specialised.int4_widen import scaled_weights
+from moert.steps.specialised.pipeline import block_and_tile, input_rows
 
 
 @gluon.jit
@@ -35,7 +36,7 @@ def make_int4_ring(DTYPE: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def copy_int4_tile(
+def _copy_tile(
     ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr, expert, tile, S: gl.constexpr
 ):
     """Copy all steps of one tile into the ring, as places become empty; returns the count of steps so far.
@@ -90,6 +91,31 @@ def copy_int4_tile(
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         it += 1
     return it
+
+
+@gluon.jit
+def copy_int4_tiles(
+    ring,
+    rows,
+    x_ptr,
+    x_stride,
+    w,
+    BY_TOKEN: gl.constexpr,
+    K: gl.constexpr,
+    S: gl.constexpr,
+):
+    """As `pipeline.copy_tiles`; w: codes, scales and zero points."""
+    sorted_token_ids, sorted_expert_ids, blocks = rows
+    codes_ptr, scales_ptr, zeros_ptr = w
+    it = 0
+    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+        block, tile = block_and_tile(t, blocks, S)
+        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
+        x_rows, live = input_rows(sorted_token_ids, block, x_stride, BY_TOKEN, K, S)
+        first = tile * (2 * S.row_tiles)
+        it = _copy_tile(
+            ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr, expert, first, S
+        )
 
 
 @gluon.jit

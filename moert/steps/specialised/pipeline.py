@@ -43,7 +43,25 @@ def block_and_tile(t, blocks, S: gl.constexpr):
 
 
 @gluon.jit
-def copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile, S: gl.constexpr):
+def input_rows(
+    sorted_token_ids, block, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr, S: gl.constexpr
+):
+    """Offsets [bm] of a block's rows of inputs, `stride` elements apart, and whether they are read.
+
+    Args:
+        BY_TOKEN: a row for each token, else one for each slot of a token.
+    """
+    slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
+    packed = gl.load(sorted_token_ids + slots)
+    live = (packed >> 24) < K  # padding slots carry K
+    row = packed & 0xFFFFFF
+    if not BY_TOKEN:
+        row = row * K + (packed >> 24)
+    return gl.where(live, row, 0).to(gl.int64) * stride, live
+
+
+@gluon.jit
+def _copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile, S: gl.constexpr):
     """Copy all steps of one tile into the ring, as places become empty; returns the count of steps so far.
 
     Args:
@@ -78,6 +96,33 @@ def copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile,
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         it += 1
     return it
+
+
+@gluon.jit
+def copy_tiles(
+    ring,
+    rows,
+    x_ptr,
+    x_stride,
+    w_ptr,
+    BY_TOKEN: gl.constexpr,
+    K: gl.constexpr,
+    S: gl.constexpr,
+):
+    """What the copying warps do: all tiles of this program, one after the other.
+
+    Args:
+        ring: of `make_ring`; rows: sorted_token_ids, sorted_expert_ids and the number of live blocks.
+        x_stride, BY_TOKEN: as for `input_rows`.
+    """
+    xs, ws, full, empty = ring
+    sorted_token_ids, sorted_expert_ids, blocks = rows
+    it = 0
+    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+        block, tile = block_and_tile(t, blocks, S)
+        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
+        x_rows, live = input_rows(sorted_token_ids, block, x_stride, BY_TOKEN, K, S)
+        it = _copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile, S)
 
 
 @gluon.jit
