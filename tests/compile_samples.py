@@ -85,6 +85,7 @@ def sampled_specialised() -> list[Variant]:
     ragged = MoEConfig(24, 3, 528, 208, "swiglu_oai", bias=True)
     for cfg in (
         ragged,
+        replace(ragged, dtype="float16"),
         replace(ragged, dtype="float16", quant=Quant("int4", 128, symmetric=False)),
         replace(ragged, quant=Quant("int4", 32, symmetric=False)),
     ):
