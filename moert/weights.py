@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,15 +15,13 @@ from moert.quantization.experts import (
     check_replacement,
     quant_of,
     quantize_layer,
-    random_matrix,
 )
 from moert.quantization.int4_layout import Int4Matrix
 from moert.quantization.int4_skinny import SkinnyInt4, pack, unpack
+from moert.random_weights import random_parts
 from moert.shared_experts import appended
 from moert.weights_check import check_weights
 
-# up to this many elements `random` draws on the CPU, so that every device gets the same values
-SAME_EVERYWHERE: Final = 1 << 24
 Matrix: TypeAlias = torch.Tensor | Int4Matrix
 
 
@@ -127,38 +125,7 @@ class ExpertWeights:
             seed: same seed, same values.
             device: where the tensors live.
         """
-        experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
-        routed, experts = experts, experts + cfg.shared_experts
-        small = experts * (cfg.w13_rows + inner) * hidden <= SAME_EVERYWHERE
-        source = torch.device("cpu" if small else device)
-        generator = torch.Generator(source).manual_seed(seed)
-
-        def normal(std: float, *shape: int, dtype: torch.dtype = cfg.torch_dtype) -> torch.Tensor:
-            values = torch.empty(shape, dtype=dtype, device=source)
-            return values.normal_(0.0, std, generator=generator)
-
-        def matrix(std: float, rows: int, columns: int, paired: bool) -> Matrix:
-            shape, dtype = (experts, rows, columns), cfg.torch_dtype
-            if cfg.quant is None or small:
-                return normal(std, *shape)
-            return random_matrix(shape, std, cfg.quant, dtype, generator, paired=paired)
-
-        # a weighted mean over K experts has 1/K of one expert's variance: w2 makes up for it
-        w13 = matrix(hidden**-0.5, cfg.w13_rows, hidden, cfg.gated)
-        w2 = matrix((cfg.top_k / inner) ** 0.5, hidden, inner, False)
-        others = {"router_weight": normal(hidden**-0.5, routed, hidden)}
-        if cfg.bias:
-            others["b13"] = normal(0.1, experts, cfg.w13_rows)
-            others["b2"] = normal(0.1, experts, hidden)
-            others["router_bias"] = normal(0.1, routed)
-        if cfg.routing.correction_bias:
-            others["correction_bias"] = normal(0.1, routed, dtype=torch.float32)
-        if cfg.shared_gate:
-            others["shared_gate"] = normal(hidden**-0.5, 1, hidden)
-        made = cls(w13=w13, w2=w2, **dict[str, Any](others))
-        if cfg.quant is not None and small:
-            made = replace(made, **quantize_layer(w13, w2, made.b13, False, cfg.quant))
-        return made.to(device)
+        return cls(**random_parts(cfg, seed, device)).to(device)
 
     @classmethod
     def from_skinny_int4(cls, w13: SkinnyInt4, w2: SkinnyInt4, **others: Any) -> ExpertWeights:

@@ -21,7 +21,10 @@ import moert
 LAYERS = {
     "vocabulary": ("errors", "env", "field_checks", "config", "topk"),
     "device": ("device",),
-    "weights": ("checkpoint", "quantization", "shared_experts", "weights", "weights_check"),
+    "weights": (
+        *("checkpoint", "quantization", "random_weights", "shared_experts"),
+        *("weights", "weights_check"),
+    ),
     "plan": ("arena", "call", "tensor_check", "checks", "labels", "plan"),
     "launch": ("steps.call_args", "launch", "graph_nodes"),
     "steps": ("steps",),

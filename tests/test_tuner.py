@@ -24,10 +24,11 @@ from tuning_fakes import (
 
 from moert.device import device_facts
 from moert.env import SORT_POLICIES
-from moert.errors import ConfigError, StateError
-from moert.plan import STRATEGIES, Choice, Tile
+from moert.errors import StateError
+from moert.plan import Choice, Tile
 from moert.tuning import trial as trial_module
-from moert.tuning.tuner import allowed_candidates, crossed, plan_buckets, strategies_for
+from moert.tuning.candidates import strategies_for
+from moert.tuning.tuner import plan_buckets
 from moert.weights import ExpertWeights
 
 
@@ -54,26 +55,6 @@ def test_best_tiles_of_both_gemms_are_timed_together(tmp_path: Path) -> None:
     plans = tune(tmp_path, FakeProbes(times), FakeBackend(choices=varied))
     assert {plan.choice for plan in plans} == {both}
     assert {(plan.us, plan.default_us) for plan in plans} == {(50.0, 100.0)}
-
-
-def test_crossed_pairs_differ_from_the_best_in_tiles_alone() -> None:
-    pairs = {
-        Choice("one_shot", A, A): 3.0,
-        Choice("one_shot", B, A): 1.0,
-        Choice("one_shot", A, C): 2.0,
-    }
-    others = {
-        Choice("multi_phase", C, B): 1.5,
-        Choice("one_shot", Tile(32, 16, 16), B): 1.6,
-        Choice("one_shot", C, B, dependent=True): 1.7,
-    }
-    assert crossed(pairs | others) == [Choice("one_shot", B, C)]
-    assert (
-        crossed({})
-        == crossed({Choice("none"): 1.0})
-        == crossed({Choice("one_shot", A, A): 1.0})
-        == []
-    )
 
 
 @pytest.mark.parametrize(("us", "choice"), [(98.5, DEFAULT), (97.0, FAST)])
@@ -175,26 +156,6 @@ def test_policy(policy: int, tmp_path: Path) -> None:
     # a policy's records are its own
     others = {other for other in SORT_POLICIES if other != policy}
     assert all(fake_store(tmp_path).find(8, other) == [] for other in others)
-
-
-def test_default_of_a_policy() -> None:
-    backend = FakeBackend()
-    assert strategies_for(0) == STRATEGIES
-    assert allowed_candidates(backend, 8, 0) == list(CHOICES)
-    assert allowed_candidates(backend, 8, 2) == [PHASED]
-    # a backend that has nothing to choose offers its default under every policy
-    assert allowed_candidates(FakeBackend(choices=[DIRECT]), 8, 1) == [DIRECT]
-
-
-def test_a_policy_that_cannot_serve_a_bucket_is_refused() -> None:
-    backend = FakeBackend()
-    backend.infeasible = lambda strategy, tokens: "too many rows" if tokens > 8 else None
-    assert allowed_candidates(backend, 8, 1)
-    with pytest.raises(
-        ConfigError, match=r"sort_policy=1 \(one-shot\) cannot serve 9 tokens: too many"
-    ):
-        allowed_candidates(backend, 9, 1)
-    assert allowed_candidates(backend, 9, 0)
 
 
 def test_a_record_of_a_forbidden_strategy_is_not_used(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from moert.config import MoEConfig
 from moert.device import device_facts
 from moert.plan import Choice
 from moert.tuning import tuner
+from moert.tuning.candidates import crossed
 from moert.tuning.check import new_call, random_inputs, set_call
 from moert.tuning.probes import DeviceProbes
 from moert.tuning.store import Store, geometry
-from moert.tuning.tuner import crossed, plan_buckets
+from moert.tuning.tuner import plan_buckets
 from moert.weights import ExpertWeights
 
 pytest.importorskip("triton")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moert import weights as weights_module
+from moert import random_weights
 from moert.config import MoEConfig, Routing
 from moert.errors import WeightsError
 from moert.weights import ExpertWeights
@@ -155,7 +155,7 @@ def test_size_device_and_tensors() -> None:
 @pytest.mark.parametrize("small", [True, False], ids=["on-cpu", "on-device"])
 def test_random_is_its_seed(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
     if not small:
-        monkeypatch.setattr(weights_module, "SAME_EVERYWHERE", 0)
+        monkeypatch.setattr(random_weights, "SAME_EVERYWHERE", 0)
     first, again = ExpertWeights.random(BIASED, seed=3), ExpertWeights.random(BIASED, seed=3)
     other = ExpertWeights.random(BIASED, seed=4)
     for name, tensor in first.tensors().items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from expert_cases import make_inputs, relative_error
 
-import moert.weights as weights_module
+import moert.random_weights as random_weights
 from moert.config import MoEConfig, Quant
 from moert.errors import ConfigError, WeightsError
 from moert.quantization.int4_layout import Int4Matrix, dequantize
@@ -61,7 +61,7 @@ def test_random_rounds_the_floating_ones(cfg: MoEConfig) -> None:
 
 
 def test_a_large_layer_is_drawn_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "SAME_EVERYWHERE", 0)
+    monkeypatch.setattr(random_weights, "SAME_EVERYWHERE", 0)
     first, again = ExpertWeights.random(BIASED, seed=3), ExpertWeights.random(BIASED, seed=3)
     first.check(BIASED)
     assert isinstance(first.w13, Int4Matrix) and isinstance(again.w13, Int4Matrix)

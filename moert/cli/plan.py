@@ -27,8 +27,8 @@ from moert.device import KNOWN_DEVICES, DeviceFacts, device_facts
 from moert.env import Env, read_env
 from moert.plan import Plan, PlanReport
 from moert.share import Options, ResultBuffers
+from moert.tuning.candidates import allowed_candidates
 from moert.tuning.store import open_store
-from moert.tuning.tuner import allowed_candidates
 
 EXAMPLES = """examples:
   moert plan 128,8,2048,768                         on this machine

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 
 from moert.backends.base import Backend
-from moert.env import SORT_POLICIES
-from moert.errors import ConfigError, StateError
-from moert.plan import STRATEGIES, Choice, Plan
+from moert.errors import StateError
+from moert.plan import Choice, Plan
 from moert.tuning.agree import agree
+from moert.tuning.candidates import allowed_candidates, crossed
 from moert.tuning.measure import pick
 from moert.tuning.probes import DeviceProbes, Probes
 from moert.tuning.progress import Progress
@@ -27,37 +26,6 @@ from moert.tuning.store import Record, Store, geometry, open_store
 from moert.tuning.trial import Layer, Trial
 
 log = logging.getLogger("moert")
-
-_POLICY_STRATEGIES: Final = {
-    0: STRATEGIES,
-    1: ("one_shot",),
-    2: ("multi_phase",),
-    3: ("none",),
-}
-
-
-def strategies_for(policy: int) -> tuple[str, ...]:
-    """The sorting strategies that a policy of `moert.env.SORT_POLICIES` allows."""
-    return _POLICY_STRATEGIES[policy]
-
-
-def allowed_candidates(backend: Backend, tokens: int, policy: int) -> list[Choice]:
-    """Choices that a policy allows for a bucket, the default first.
-
-    Raises:
-        ConfigError: the policy names one strategy and that cannot serve the bucket.
-    """
-    strategies, default = strategies_for(policy), backend.default_choice(tokens)
-    if policy and (reason := backend.infeasible(strategies[0], tokens)) is not None:
-        raise ConfigError(
-            f"sort_policy={policy} ({SORT_POLICIES[policy]}) cannot serve {tokens} tokens: {reason}; use "
-            "sort_policy=0, or a smaller max_tokens"
-        )
-    found = [c for c in backend.candidates(tokens, strategies) if c.strategy in strategies]
-    if default.strategy in strategies or not found:
-        # a backend that has nothing to choose says so by offering its default alone
-        return list(dict.fromkeys((default, *found)))
-    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,21 +273,3 @@ class Tuner:
             return {}
         scale = medians[best] / again[best]
         return {choice: us * scale for choice, us in again.items() if choice != best}
-
-
-def crossed(medians: Mapping[Choice, float], most: int = 3) -> list[Choice]:
-    """Untimed pairs of the best gate/up and down tiles of choices that differ in tiles alone."""
-    ranking = sorted(medians, key=medians.__getitem__)
-    if not ranking or ranking[0].gate_up is None or ranking[0].down is None:
-        return []
-    best = ranking[0]
-
-    def frame(choice: Choice) -> tuple[object, ...]:
-        tile = choice.gate_up
-        return (choice.strategy, choice.dependent, None if tile is None else (tile.bm, tile.kernel))
-
-    kin = [choice for choice in ranking if frame(choice) == frame(best)]
-    ups = list(dict.fromkeys(choice.gate_up for choice in kin))[:most]
-    downs = list(dict.fromkeys(choice.down for choice in kin))[:most]
-    pairs = (replace(best, gate_up=up, down=down) for up in ups for down in downs)
-    return [pair for pair in pairs if pair not in medians]
