@@ -12,7 +12,8 @@ from typing import Any
 from moert.arena import Field, layout
 
 STRATEGIES = ("none", "one_shot", "multi_phase")
-# portable tiles; weights streamed through shared memory (moert/steps/streaming)
+# portable tiles; weights streamed through shared memory (moert/steps/streaming); warps that copy beside warps
+# that multiply (moert/steps/specialised)
 KERNELS = ("tile", "stream", "specialised")
 
 
@@ -22,10 +23,11 @@ class Tile:
 
     Args:
         bm: BM, rows of inputs.
-        bn: BN, output columns; of int4 weights and of streams, rows of the weights, where a gate row and an
-            up row make one output column.
+        bn: BN, output columns; of int4 weights, of streams and of specialised warps, rows of the weights,
+            where a gate row and an up row make one output column.
         bk: BK, reduction columns a step; of streams, those of one warp.
-        num_warps, num_stages: warps of a program, steps in flight.
+        num_warps, num_stages: warps of a program, steps in flight; of specialised warps, those that multiply,
+            with int4 weights those of each half.
         kernel: one of `KERNELS`.
         split: of streams, parts of the reduction that warps work on side by side.
         repeats: of streams, tiles that a program takes one after the other.
@@ -42,9 +44,9 @@ class Tile:
 
     def __str__(self) -> str:
         text = f"{self.bm}x{self.bn}x{self.bk}/w{self.num_warps}s{self.num_stages}"
-        return (
-            text if self.kernel == "tile" else f"{text}k{self.split}r{self.repeats} {self.kernel}"
-        )
+        if self.kernel == "stream":
+            text += f"k{self.split}r{self.repeats}"
+        return text if self.kernel == "tile" else f"{text} {self.kernel}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class Choice:
                 raise ValueError(f"tile {tile} has a field that is no positive integer")
             if tile.kernel not in KERNELS:
                 raise ValueError(f"tile {tile}: kernel is not one of {', '.join(KERNELS)}")
+            if tile.kernel == "specialised" and data["strategy"] == "none":
+                raise ValueError(f"tile {tile}: its kernels follow a sort")
         dependent = data.get("dependent", False)
         if type(dependent) is not bool:
             raise ValueError(f"dependent={dependent!r}: need true or false")

@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from moert.backends import int4_tiles, specialised_tiles, triton_tiles
+from moert.backends import int4_tiles, stream_tiles, triton_tiles
 from moert.backends.specialised_tiles import (
     choices,
     default,
+    readable,
     refuses,
     specialised_int4_shape,
     specialised_shape,
@@ -21,8 +22,9 @@ from moert.backends.triton import TritonBackend
 from moert.cli.absent import absent_weights
 from moert.config import MoEConfig, Quant
 from moert.device import KNOWN_DEVICES
-from moert.plan import STRATEGIES, Tile
+from moert.plan import STRATEGIES, Choice, Tile
 from moert.quantization.int4_layout import Int4Matrix
+from moert.weights import ExpertWeights
 
 H200 = KNOWN_DEVICES["sm_90"]
 PLAIN = MoEConfig(128, 8, 2048, 768)
@@ -117,8 +119,8 @@ def test_blocks_that_experts_fill_come_first() -> None:
                 assert choice.gate_up is not None and choice.gate_up.bm <= 4 * mean
     assert not list(choices(INT4, H200, "one_shot", 5.0))
     assert not list(choices(PLAIN, H200, "one_shot", 23.0))
-    narrow = replace(INT4, quant=Quant("int4", 32))
-    assert max(tile.bm for tile in tiles(narrow)) == 64 < max(tile.bm for tile in tiles(INT4))
+    tallest = {g: max(t.bm for t in tiles(replace(INT4, quant=Quant("int4", g)))) for g in (32, -1)}
+    assert tallest == {32: 64, -1: 128} and max(tile.bm for tile in tiles(INT4)) == 128
 
 
 @pytest.mark.parametrize(("cfg", "few", "many"), [(PLAIN, 512, 4096), (INT4, 256, 512)])
@@ -133,16 +135,28 @@ def test_default_from_many_rows_on(cfg: MoEConfig, few: int, many: int) -> None:
         assert any(choice.gate_up.kernel == "tile" for choice in found)
 
 
-def test_weights_that_cannot_be_copied_are_left_to_portable_kernels() -> None:
-    weights = absent_weights(INT4)
+def unreadable(cfg: MoEConfig) -> ExpertWeights:
+    """int4 columns in another order, or transposed 16-bit weights."""
+    if cfg.quant is None:
+        return absent_weights(cfg, transposed=True)
+    weights = absent_weights(cfg)
     assert isinstance(weights.w13, Int4Matrix)
-    order = torch.empty(INT4.num_experts, INT4.hidden_size, dtype=torch.int32, device="meta")
-    ordered = replace(weights, w13=replace(weights.w13, permutation=order))
-    transposed = absent_weights(PLAIN, transposed=True)
-    for cfg, given in ((INT4, ordered), (PLAIN, transposed)):
-        backend = TritonBackend(cfg, given, H200)
-        found = [backend.default_choice(4096), *backend.candidates(4096, STRATEGIES)]
+    order = torch.empty(cfg.num_experts, cfg.hidden_size, dtype=torch.int32, device="meta")
+    return replace(weights, w13=replace(weights.w13, permutation=order))
+
+
+@pytest.mark.parametrize("cfg", [PLAIN, INT4, replace(INT4, num_experts=8)], ids=str)
+def test_weights_that_cannot_be_copied_are_left_to_portable_kernels(cfg: MoEConfig) -> None:
+    """Their default is as good as where there are no other kernels."""
+    backend = TritonBackend(cfg, unreadable(cfg), H200)
+    for tokens in (64, 512, 4096):
+        default_choice = backend.default_choice(tokens)
+        found = backend.candidates(tokens, STRATEGIES)
+        assert found[0] == default_choice
         assert {tile.kernel for c in found for tile in (c.gate_up, c.down) if tile} == {"tile"}
+        assert default_choice.strategy != "none" and default_choice.gate_up is not None
+        mean = tokens * cfg.top_k / cfg.num_experts
+        assert default_choice.gate_up.bm >= min(64, mean / 2)
 
 
 def test_unaligned_calls_are_portable_on_the_same_arena() -> None:
@@ -156,10 +170,42 @@ def test_unaligned_calls_are_portable_on_the_same_arena() -> None:
             assert backend.fields(4096, unaligned) == backend.fields(4096, choice)
 
 
-def test_offsets_within_an_expert_fit_32_bits() -> None:
-    """The copying warps add 32-bit offsets to the address of an expert; the largest layers are far below."""
-    for name, cfg in CONFIGS.items():
-        strides = (2 * cfg.intermediate_size * cfg.hidden_size, cfg.hidden_size)
-        assert strides[0] < specialised_tiles.MOST_ELEMENTS, name
-    huge = replace(PLAIN, hidden_size=1 << 16, intermediate_size=1 << 15)
-    assert "2^31" in str(refuses(huge, H200))
+def test_weights_beyond_32_bit_offsets_are_left_to_others() -> None:
+    """Rows of an expert may be far apart: experts first in the shape, not in memory."""
+    cfg = MoEConfig(256, 8, 7168, 2048)
+    w13 = torch.empty(2 * 2048, 256, 7168, dtype=torch.bfloat16, device="meta").transpose(0, 1)
+    near = absent_weights(cfg)
+    far = replace(near, w13=w13)
+    assert stream_tiles.readable(far) and readable(near) and not readable(far)
+    backend = TritonBackend(cfg, far, H200)
+    found = [backend.default_choice(4096), *backend.candidates(4096, STRATEGIES)]
+    assert "specialised" not in {tile.kernel for c in found for tile in (c.gate_up, c.down) if tile}
+
+
+def test_a_plan_for_other_weights_runs_portable_kernels() -> None:
+    """Layers that share have one plan; what one of them cannot copy it reads otherwise, on the same arena."""
+    for cfg in (PLAIN, INT4):
+        near = TritonBackend(cfg, absent_weights(cfg), H200)
+        far = TritonBackend(cfg, unreadable(cfg), H200)
+        for tokens in (1, 64, 4096):
+            for choice in near.candidates(tokens, STRATEGIES):
+                tiles = {tile.kernel for tile in (choice.gate_up, choice.down) if tile}
+                assert near.can_run(choice) and far.can_run(choice) == (tiles == {"tile"})
+                names = far.kernels(tokens, choice)
+                assert not [n for n in names if "stream" in n or "specialised" in n]
+                assert far.fields(tokens, choice) == near.fields(tokens, choice)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bk": 128}, {"num_warps": 16}, {"bm": 16}, {"bn": 512}, {"num_stages": 40}],
+    ids=str,
+)
+def test_tiles_that_no_kernel_is_written_for(change: dict[str, int]) -> None:
+    """A record that somebody wrote by hand."""
+    for cfg in (PLAIN, INT4):
+        backend = TritonBackend(cfg, absent_weights(cfg), H200)
+        for tile in tiles(cfg):
+            assert backend.can_run(Choice("one_shot", tile, tile))
+            other = replace(tile, **change)
+            assert not backend.can_run(Choice("one_shot", tile, other))

@@ -107,6 +107,14 @@ def test_readable() -> None:
     wide = torch.empty(4, 32, 36)[:, :, :32]
     assert not readable(ExpertWeights(w13, wide))
     assert readable(ExpertWeights(w13, torch.empty(4, 32, 40)[:, :, :32]))
+    # the rows themselves, not only their distances
+    shifted = torch.empty(4 * 32 * 32 + 1, dtype=torch.bfloat16)[1:].view(4, 32, 32)
+    assert not readable(ExpertWeights(w13, shifted))
+    packed = ExpertWeights.random(MoEConfig(2, 1, 64, 32, quant=Quant("int4", 32)))
+    assert isinstance(packed.w2, Int4Matrix) and readable(packed)
+    scales = torch.empty(packed.w2.scales.numel() + 1, dtype=torch.bfloat16)[1:]
+    scales = scales.view(packed.w2.scales.shape)
+    assert not readable(replace(packed, w2=replace(packed.w2, scales=scales)))
 
 
 def test_only_readable_weights_are_streamed() -> None:

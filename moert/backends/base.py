@@ -88,6 +88,10 @@ class Backend(ABC):
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
         """Choices worth timing that fit the device, the default first; pure."""
 
+    def can_run(self, choice: Choice) -> bool:
+        """Whether these very weights, as they lie in memory, can be read by the kernels of a choice."""
+        return True
+
     def infeasible(self, strategy: str, tokens: int) -> str | None:
         """Why a sorting strategy cannot serve up to `tokens` rows; None if it can; pure."""
         return None

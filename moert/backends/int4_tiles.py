@@ -38,14 +38,24 @@ def step_of(group: int, most: int = 128) -> int:
     return max(width for width in (16, 32, 64, 128) if group % width == 0 and width <= most)
 
 
-def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
-    """The choice made without measurement: direct up to 64 rows of at most 4 tokens, then sorted."""
+def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool = True) -> Choice:
+    """The choice made without measurement: direct up to 64 rows of at most 4 tokens, then sorted; of portable
+    kernels where weights cannot be copied as they lie."""
     rows = tokens * cfg.top_k
-    if tokens <= 4 and rows <= DIRECT_ROWS:
-        return next(_direct(cfg, facts))
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
-    specialised = specialised_tiles.default(cfg, facts, strategy, rows / cfg.num_experts)
-    return specialised or next(_sorted(cfg, facts, tokens, strategy))
+    if tokens <= 4 and rows <= DIRECT_ROWS:
+        found = _direct(cfg, facts)
+    else:
+        found = _sorted(cfg, facts, tokens, strategy)
+        specialised = specialised_tiles.default(cfg, facts, strategy, rows / cfg.num_experts)
+        if copied and specialised is not None:
+            return specialised
+    return next(choice for choice in found if copied or _portable(choice))
+
+
+def _portable(choice: Choice) -> bool:
+    tiles = (choice.gate_up, choice.down)
+    return all(tile is None or tile.kernel == "tile" for tile in tiles)
 
 
 def direct_choice(cfg: MoEConfig, facts: DeviceFacts) -> Choice:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from moert.backends import stream_tiles
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -11,6 +13,7 @@ from moert.plan import Choice, Tile
 from moert.quantization.int4_layout import columns_per_group
 from moert.steps.specialised.int4_shape import ROW_TILES, ROWS, SpecialisedInt4Shape
 from moert.steps.specialised.shape import STEP, SpecialisedShape
+from moert.weights import ExpertWeights
 
 # blocks that go through the tiles side by side: T=512, E=8, K=2, H=4096, I=14336 on an H200, blocks of 128
 # rows in portable kernels, 1 and 8 side by side: 1171 and 1124 us; blocks of 64 rows at T=256: 1007 and 817
@@ -22,7 +25,6 @@ LEAST_MEAN = 24
 DEFAULT_MEAN = 96
 LEAST_INT4_MEAN = 6
 DEFAULT_INT4_MEAN = 24
-MOST_ELEMENTS = 2**31
 # BM, BN, warps, stages
 _TILES = ((128, 256, 8, 4), (128, 128, 8, 6), (64, 256, 8, 5))
 # BM, warps of each of two multiplying partitions, stages
@@ -33,9 +35,14 @@ def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
     """Why the warp-specialised kernels cannot serve; None where they can."""
     if facts.compute_capability != 90:
         return "made of the matrix instructions of compute capability 9.0"
-    if 2 * cfg.hidden_size * cfg.intermediate_size >= MOST_ELEMENTS:
-        return "an expert's weights are found by 32-bit offsets: fewer than 2^31 elements"
     return stream_tiles.refuses(cfg, facts)
+
+
+def readable(weights: ExpertWeights) -> bool:
+    """Whether the weights lie as these kernels copy them: within 32-bit offsets of their expert."""
+    matrices = [m for m in (weights.w13, weights.w2) if isinstance(m, torch.Tensor)]
+    reach = ((m.shape[1] - 1) * m.stride(1) + m.shape[2] for m in matrices)
+    return stream_tiles.readable(weights) and max(reach, default=0) < 2**31
 
 
 def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Iterator[Choice]:
@@ -43,7 +50,7 @@ def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> I
     if refuses(cfg, facts) is not None:
         return
     least = LEAST_MEAN if cfg.quant is None else LEAST_INT4_MEAN
-    tiles = [t for t in _tiles(cfg) if mean >= max(least, t.bm / 4) and _fits(cfg, facts, t)]
+    tiles = [t for t in _tiles(cfg) if mean >= max(least, t.bm / 4) and fits(cfg, facts, t)]
     # the tallest blocks of which an expert fills half
     for tile in sorted(tiles, key=lambda t: (t.bm > 2 * mean, -t.bm)):
         yield Choice(strategy, tile, tile, facts.dependent_launch)
@@ -62,11 +69,20 @@ def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
         return
     for bm, warps, stages in _INT4_TILES:
         # with scales for less than two steps, a register or two of the tallest would spill
-        if bm < 128 or cfg.quant.group_size % 128 == 0:
+        if bm < 128 or cfg.quant.group_size == -1 or cfg.quant.group_size % 128 == 0:
             yield Tile(bm, ROW_TILES * ROWS, STEP, warps, stages, "specialised")
 
 
-def _fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
+def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
+    """Whether a tile is one that the kernels are written for, and the device has the shared memory."""
+    known = tile.kernel == "specialised" and tile.bk == STEP and refuses(cfg, facts) is None
+    if cfg.quant is None:
+        known &= tile.bm in (64, 128) and tile.bn in (128, 256) and tile.num_warps == 8
+    else:
+        known &= tile.bm in (32, 64, 128) and tile.bn == ROW_TILES * ROWS
+        known &= tile.num_warps in (4, 8)
+    if not known:
+        return False
     for up in (True, False):
         shape: SpecialisedShape | SpecialisedInt4Shape
         if cfg.quant is None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
@@ -31,11 +29,19 @@ def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
 
 
 def readable(weights: ExpertWeights) -> bool:
-    """Whether the weights lie as the streaming kernels copy them."""
-    if isinstance(weights.w13, Int4Matrix):
-        return weights.w13.permutation is None
-    matrices = [m for m in (weights.w13, weights.w2) if isinstance(m, torch.Tensor)]
-    return all(m.stride(2) == 1 and m.stride(0) % 8 == 0 and m.stride(1) % 8 == 0 for m in matrices)
+    """Whether the weights lie as the streaming kernels copy them: rows begin at multiples of 16 bytes."""
+    for matrix in (weights.w13, weights.w2):
+        if isinstance(matrix, Int4Matrix):
+            if matrix.permutation is not None:
+                return False
+            parts = [matrix.codes, matrix.scales, matrix.zeros]
+        else:
+            if matrix.stride(2) != 1 or matrix.stride(0) % 8 or matrix.stride(1) % 8:
+                return False
+            parts = [matrix]
+        if any(part is not None and part.data_ptr() % 16 for part in parts):
+            return False
+    return True
 
 
 def stream_shape(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moert.arena import Field
-from moert.backends import int4_tiles, stream_tiles, triton_tiles
+from moert.backends import int4_tiles, specialised_tiles, stream_tiles, triton_tiles
 from moert.backends.base import Backend, BlockSteps, Program, Router, slot_fields
 from moert.backends.triton_block import TritonBlockSteps, logits_field
 from moert.backends.triton_launches import Views, direct_launches, grouped_launches
@@ -22,7 +22,7 @@ from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.labels import Labels
 from moert.launch import CompiledLaunch, Launch, compile_launch, run_interpreted, signature
-from moert.plan import STRATEGIES, Choice
+from moert.plan import Choice
 from moert.steps.routing.triton import MAX_EXPERTS
 from moert.steps.sorting.launches import feasible, sort_fields, sort_launches
 
@@ -47,25 +47,28 @@ class TritonBackend(Backend):
         return None
 
     def default_choice(self, tokens: int) -> Choice:
-        choice = self._tiles.default_choice(self.cfg, self.facts, tokens)
-        return choice if self._can_run(choice) else self.candidates(tokens, STRATEGIES)[0]
+        choice: Choice = self._tiles.default_choice(self.cfg, self.facts, tokens)
+        if not self.can_run(choice):
+            choice = self._tiles.default_choice(self.cfg, self.facts, tokens, copied=False)
+        return choice
 
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
         able = [s for s in strategies if self.infeasible(s, tokens) is None]
         found = self._tiles.candidates(self.cfg, self.facts, tokens, able)
-        return [choice for choice in found if self._can_run(choice)]
+        able_to = [choice for choice in found if self.can_run(choice)]
+        return list(dict.fromkeys((self.default_choice(tokens), *able_to)))
 
     @property
     def _tiles(self) -> Any:
         """The module that chooses tiles for these weights."""
         return triton_tiles if self.cfg.quant is None else int4_tiles
 
-    def _can_run(self, choice: Choice) -> bool:
-        """All but portable tiles copy rows of weights 16 bytes at a time, columns in their own order."""
-        tiles = (choice.gate_up, choice.down)
-        if all(tile is None or tile.kernel == "tile" for tile in tiles):
-            return True
-        return stream_tiles.readable(self.weights)
+    def can_run(self, choice: Choice) -> bool:
+        tiles = [tile for tile in (choice.gate_up, choice.down) if tile is not None]
+        if any(tile.kernel == "specialised" for tile in tiles):
+            fits = [specialised_tiles.fits(self.cfg, self.facts, tile) for tile in tiles]
+            return all(fits) and specialised_tiles.readable(self.weights)
+        return all(t.kernel == "tile" for t in tiles) or stream_tiles.readable(self.weights)
 
     def infeasible(self, strategy: str, tokens: int) -> str | None:
         return feasible(strategy, tokens, self.cfg.num_experts, self.cfg.top_k, self.facts)
@@ -87,8 +90,13 @@ class TritonBackend(Backend):
         return tuple(launch.name for launch in self.launches(tokens, choice, absent))
 
     def launches(self, tokens: int, choice: Choice, views: Views) -> list[Launch]:
-        """The launches of a plan in order; pure but for the tensors it names."""
+        """The launches of a plan in order; pure but for the tensors it names.
+
+        Weights that a plan made for others cannot read go through portable kernels on the same arena.
+        """
         cfg, weights = self.cfg, self.weights
+        if not self.can_run(choice):
+            choice = self.unaligned(choice)
         if choice.strategy == "none":
             return direct_launches(cfg, weights, self.facts, choice, views)
         assert choice.gate_up is not None

@@ -31,8 +31,9 @@ DIRECT_ROWS = 64
 STREAM_ROWS = 4
 
 
-def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
-    """The choice made without measurement.
+def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool = True) -> Choice:
+    """The choice made without measurement; of portable kernels where weights cannot be copied 16 bytes at a
+    time.
 
     direct up to 4 tokens: routed rows of so few tokens are mostly alone with their expert (measured on an
     H200 with E=128, K=8: sort and matrix units begin to pay between 4 and 8 tokens); then BM follows the
@@ -52,7 +53,7 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Choice:
     bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
     bm = min(bm, most_rows(cfg, facts))
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
-    specialised = specialised_tiles.default(cfg, facts, strategy, mean)
+    specialised = specialised_tiles.default(cfg, facts, strategy, mean) if copied else None
     if specialised is not None:
         return specialised
     for tile in _default_tiles(bm, cfg, facts):

@@ -37,10 +37,14 @@ def allowed_candidates(backend: Backend, tokens: int, policy: int) -> list[Choic
             "sort_policy=0, or a smaller max_tokens"
         )
     found = [c for c in backend.candidates(tokens, strategies) if c.strategy in strategies]
-    if default.strategy in strategies or not found:
-        # a backend that has nothing to choose says so by offering its default alone
-        return list(dict.fromkeys((default, *found)))
-    return list(dict.fromkeys(found))
+    if found and default.strategy not in strategies:
+        others = {choice.gate_up for choice in found}
+        if "none" not in (default.strategy, strategies[0]) and default.gate_up in others:
+            # the default's tiles behind the other sort
+            found.insert(0, replace(default, strategy=strategies[0]))
+        return list(dict.fromkeys(found))
+    # a backend that has nothing to choose says so by offering its default alone
+    return list(dict.fromkeys((default, *found)))
 
 
 def crossed(medians: Mapping[Choice, float], most: int = 3) -> list[Choice]:

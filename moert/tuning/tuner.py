@@ -168,7 +168,9 @@ class Tuner:
         for tokens in sizes:
             strategies = {choice.strategy for choice in candidates[tokens]}
             for record in self._store.find(tokens, self._policy):
-                if record.choice.strategy in strategies and self._trusted(layer, tokens, record):
+                usable = record.choice.strategy in strategies
+                usable = usable and self._backend.can_run(record.choice)
+                if usable and self._trusted(layer, tokens, record):
                     found[tokens] = Decision(
                         record.choice, record.source, record.us, record.default_us
                     )
