@@ -80,12 +80,16 @@ def sampled_streams(arch: str) -> list[Variant]:
 
 
 def sampled_specialised() -> list[Variant]:
-    """Every tile, for gated layers with what takes most registers: biases, zero points, ragged sizes."""
+    """Every tile, for layers with what takes most registers: biases, zero points, ragged sizes."""
     found, facts = [], KNOWN_DEVICES["sm_90"]
     ragged = MoEConfig(24, 3, 528, 208, "swiglu_oai", bias=True)
+    ungated = MoEConfig(24, 3, 528, 208, "relu2", gated=False, bias=True)
     for cfg in (
         ragged,
         replace(ragged, dtype="float16"),
+        ungated,
+        replace(ungated, quant=Quant("int4", 64)),
+        replace(ragged, quant=Quant("int4", -1, symmetric=False)),
         replace(ragged, dtype="float16", quant=Quant("int4", 128, symmetric=False)),
         replace(ragged, quant=Quant("int4", 32, symmetric=False)),
     ):

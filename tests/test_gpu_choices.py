@@ -44,7 +44,11 @@ LAYERS = {
     "no stream: groups of 96": replace(SMALL, quant=Quant("int4", 96, symmetric=False)),
     "16 bits": replace(SMALL, quant=None),
     "16 bits, interleaved": replace(WIDE, quant=None, dtype="float16"),
+    "16 bits, biases": replace(WIDE, quant=None),
+    "16 bits, ungated": MoEConfig(10, 2, 1040, 272, "relu2", gated=False, bias=True),
 }
+# of a device with so few, every workgroup has several pieces of a GEMM to go through
+FEW_UNITS = 7
 # (bucket, rows of the call): full, and with rows of the bucket to spare
 CALLS = ((1, 1), (8, 3), (64, 64), (64, 17), (288, 280))
 
@@ -86,12 +90,15 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     found = backend.candidates(bucket, STRATEGIES)
     portable = [choice for choice in found if kernels_of(choice) == {"tile"}]
     left_out = set(portable) if backend.cfg.quant is None else set(portable) - set(portable[::4])
+    if backend.facts.compute_units == FEW_UNITS:
+        return [choice for choice in found if kernels_of(choice) == {"specialised"}]
     return [choice for choice in found if choice not in left_out]
 
 
 def calls(cfg: MoEConfig, weights: ExpertWeights, tokens: int) -> Iterator[Counted]:
     """Of all rows, of some and the rest kept or cleared; a busy expert, a row that no expert has."""
-    for live, pad in ((None, "keep"), (tokens // 2, "keep"), (tokens // 2, "zero")):
+    nobody_lives = ((0, "keep"),) if tokens > 100 else ()
+    for live, pad in ((None, "keep"), (tokens // 2, "keep"), (tokens // 2, "zero"), *nobody_lives):
         case = make_case(cfg, tokens)
         case.topk.ids[::2, 0] = 7
         nobody = torch.tensor([-1, cfg.num_experts, 1 << 30, -(1 << 31)], device=DEVICE)
@@ -114,9 +121,12 @@ def allocations() -> int:
 class Bench:
     """One layer's programs of a bucket on one arena."""
 
-    def __init__(self, cfg: MoEConfig, weights: ExpertWeights) -> None:
+    def __init__(self, cfg: MoEConfig, weights: ExpertWeights, units: int | None = None) -> None:
         self.cfg = cfg
-        self.backend = TritonBackend(cfg, weights, device_facts(torch.device("cuda", 0)))
+        facts = device_facts(torch.device("cuda", 0))
+        self.backend = TritonBackend(
+            cfg, weights, replace(facts, compute_units=units or facts.compute_units)
+        )
         self.probes = DeviceProbes(torch.device("cuda", 0))
         self.stream = torch.cuda.Stream()
         self.call = new_call(cfg, DEVICE)
@@ -225,6 +235,9 @@ def test_every_choice(name: str) -> None:
             programs = bench.build(bucket)
             kernels |= {kernel for program in programs.values() for kernel in program.kernels}
         faults |= bench.check(bucket, tokens, programs)
+    few = Bench(cfg, weights, FEW_UNITS)
+    if choices(few.backend, CALLS[-1][0]):
+        faults |= few.check(*CALLS[-1], few.build(CALLS[-1][0]))
     assert faults == {}
     streams = {k for k in kernels if "stream" in k}
     specialised = {k for k in kernels if "specialised" in k}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from launch_kernels import every_call_argument_kernel
 
 from moert.call import NAMES, POSITION, Call, call_key
-from moert.launch import Launch, run_interpreted, signature
+from moert.launch import CompiledLaunch, Launch, run_interpreted, signature
 from moert.steps.call_args import CALL_ARGS, CALL_INTS
 from moert.topk import TopK
 
@@ -139,3 +142,28 @@ def test_interpreted(
     expected[live:] = 0.0 if pad == "zero" else 7.0
     torch.testing.assert_close(out[:, H : 2 * H].float(), expected, rtol=2e-3, atol=1e-3)
     assert (out[:, :H] == 7).all() and (out[:, 2 * H :] == 7).all()
+
+
+def test_two_threads_that_load_one_kernel_both_get_its_function() -> None:
+    """Triton sets a kernel's launcher before its function, as it loads."""
+
+    class Loading:
+        """A compiled kernel whose first look at `run` takes a while."""
+
+        run_, function, packed_metadata = None, None, ()
+
+        @property
+        def run(self) -> object:
+            if self.run_ is None:
+                self.run_ = "launcher"
+                started.set()
+                time.sleep(0.05)
+                self.function = "function"
+            return self.run_
+
+    started, compiled = threading.Event(), Loading()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(CompiledLaunch, LAUNCH, compiled)
+        assert started.wait(10)
+        second = pool.submit(CompiledLaunch, LAUNCH, compiled)
+        assert [launch.result()._function for launch in (first, second)] == ["function"] * 2

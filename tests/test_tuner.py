@@ -164,6 +164,16 @@ def test_a_record_of_a_forbidden_strategy_is_not_used(tmp_path: Path) -> None:
     assert (plan.choice, plan.source) == (PHASED, "heuristic")
 
 
+def test_a_record_that_these_weights_cannot_be_read_by_is_not_used(tmp_path: Path) -> None:
+    fake_store(tmp_path).add(8, 0, fake_record(FAST))
+    for able in (True, False):
+        backend = FakeBackend()
+        backend.can_run = lambda choice, able=able: able or choice != FAST
+        (plan,) = tune(tmp_path, FakeProbes(), backend, sizes=[(8, True)], mode="off")
+        expected = (FAST, "cache") if able else (DEFAULT, "heuristic")
+        assert (plan.choice, plan.source) == expected
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_record_of_other_versions(
     wrong: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

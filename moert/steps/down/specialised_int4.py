@@ -70,7 +70,7 @@ def _multiply(
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
             )
-        elif S.quarter == S.half:
+        elif S.quarter == S.half:  # or the same code would be there twice
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
             )

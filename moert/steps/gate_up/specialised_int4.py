@@ -85,7 +85,7 @@ def _multiply(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
             )  # fmt: skip
-        elif S.quarter == S.half:
+        elif S.quarter == S.half:  # or the same code would be there twice
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,

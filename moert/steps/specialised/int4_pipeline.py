@@ -148,7 +148,8 @@ def _done(ring, it, w, acc, S: gl.constexpr):
     _, _, _, _, _, empty = ring
     # w too: its registers are read until then
     acc, w = warpgroup_mma_wait(0, deps=[acc, w])
-    # each thread for itself, at once: it has no copies under way
+    # each thread for itself, at once: it has no copies under way, and what it read of the stage has been used
+    # by the product that it waited for
     async_copy.mbarrier_arrive(empty.index(it % S.stages), increment_count=False)
     return acc
 

@@ -24,7 +24,7 @@ class SpecialisedInt4Shape:
         reduction: columns of a weight's row.
         columns: columns of the output, N.
         paired: output columns have a gate and an up row of the weights.
-        bm: rows of inputs, the instruction's columns at most: 16 to 128.
+        bm: rows of inputs, the instruction's columns at most: 32 to 128.
         warps: of each of the two multiplying partitions, 4 or 8.
         stages: of the ring.
         side: blocks that go through the tiles side by side.
@@ -72,7 +72,7 @@ class SpecialisedInt4Shape:
 
     @property
     def tiles(self) -> int:
-        """Programs over the rows of an expert."""
+        """Pieces that the rows of an expert are cut into."""
         return -(-self.all_tiles // ROW_TILES)
 
     @property

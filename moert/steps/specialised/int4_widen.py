@@ -5,6 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moert.steps.streaming.widen import numbers, take_asm
+
 
 @gluon.constexpr_function
 def scaled_asm(pair, fp16):
@@ -13,13 +15,11 @@ def scaled_asm(pair, fp16):
     The magic number is 128 (bfloat16) or 1024 (float16) with the code in its lowest bits, exactly; so is
     the difference to the offset. The product is rounded once.
     """
-    word = 0x64006400 if fp16 else 0x43004300
-    take = f"shr.u32 t, $1, {4 * pair}; mov.b32 m, {word:#x}; lop3.b32 t, t, 0x000F000F, m, 0xEA; "
     if fp16:
         end = "add.rn.f16x2 t, t, $2; mul.rn.f16x2 $0, t, $3;"
     else:
         end = "mov.b32 m, 0x3F803F80; fma.rn.bf16x2 t, t, m, $2; mul.rn.bf16x2 $0, t, $3;"
-    return "{ .reg .b32 t, m; " + take + end + " }"
+    return "{ .reg .b32 t, m; " + take_asm(pair, fp16) + end + " }"
 
 
 @gluon.jit
@@ -81,10 +81,7 @@ def scaled_weights(codes, scales, zeros, at, DTYPE: gl.constexpr, N: gl.constexp
     z1 = _offsets(zeros, at, 1, words, FP16, S)
     low = gl.join(_pair(words, z0, s0, 0, FP16), _pair(words, z1, s1, 1, FP16))
     high = gl.join(_pair(words, z0, s0, 2, FP16), _pair(words, z1, s1, 3, FP16))
-    pairs = gl.join(low, high)  # ..., v1, v2
-    even = pairs.to(gl.uint16).to(DTYPE, bitcast=True)
-    odd = (pairs >> 16).to(gl.uint16).to(DTYPE, bitcast=True)
-    w = gl.join(even, odd)  # tiles, g, c, word, v1, v2, v0
+    w = numbers(low, high, DTYPE)  # tiles, g, c, word, v1, v2, v0
     w = gl.permute(w, (0, 4, 1, 3, 5, 2, 6))
     w = gl.reshape(w, (S.row_tiles * 16, 64))
     return gl.convert_layout(w, S.a(N), assert_trivial=True)

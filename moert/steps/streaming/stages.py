@@ -140,7 +140,7 @@ def _scaled(codes, x, scale, zero, total, COLUMNS: gl.constexpr, S: gl.constexpr
         total: the sum of x over the columns, [split, 1, 1], or None to let the matrix unit add them up.
     """
     nothing = gl.full([S.split, S.rows, x.shape[2]], 0, gl.float32, S.mma)
-    product = mma_v2(widen(codes, COLUMNS, x.dtype, False, S), x, nothing)
+    product = mma_v2(widen(codes, COLUMNS, x.dtype, S), x, nothing)
     if total is None:
         total = _added_up(x, product, COLUMNS, S)
     return (product - zero * total) * scale

@@ -1,0 +1,121 @@
+"""The code of the warp-specialised kernels: what stands between warps that copy and warps that multiply.
+
+None of these kernels runs without a Hopper GPU, where tests/test_gpu_choices.py checks results. Here is what
+a result may never show: a missing fence or barrier is a race that is seldom lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from code_size import ROOT
+
+triton = pytest.importorskip("triton")
+
+from compile_samples import sampled_specialised  # noqa: E402
+
+from moert.cli.compile_variants import Variant, compile_variant  # noqa: E402
+
+pytestmark = pytest.mark.skipif("nvidia" not in triton.backends.backends, reason="no compiler")
+
+# the first of each kernel, of 16-bit weights and of both kinds of int4 tiles
+SAMPLES = list({(v.kernel, v.gemm_tile.num_warps): v for v in sampled_specialised()}.values())
+
+
+# operations of the compiler's last representation that still has structure, by what they are here
+OPERATIONS = {
+    "ttng.wait_barrier": "wait",
+    "ttng.fence_async_shared": "fence",
+    "ttng.warp_group_dot": "product",
+    "ttng.warp_group_dot_wait": "done",
+    "ttng.arrive_barrier": "arrive",
+    "ttg.async_copy_global_to_local": "copy",
+    "ttng.async_copy_mbarrier_arrive": "arrive",
+    "tt.load": "load",
+    "griddepcontrol.wait": "predecessor",
+}
+
+
+def write_code() -> None:
+    """The samples on standard output."""
+    json.dump([compile_variant(variant)[0].asm["ttgir"] for variant in SAMPLES], sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[Variant, str]:
+    """Each sample, compiled in a process where kernels are not interpreted."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment.pop("TRITON_INTERPRET", None)
+    words = [sys.executable, "-c", f"import {__name__} as tests; tests.write_code()"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(SAMPLES, json.loads(done.stdout), strict=True))
+
+
+def events(code: str) -> list[str]:
+    """What happens, in the order of the text, by the names of OPERATIONS."""
+    names = "|".join(sorted(map(re.escape, OPERATIONS), key=len, reverse=True))
+    return [OPERATIONS[name] for name in re.findall(rf"(?<![\w.])({names})(?![\w.])", code)]
+
+
+def id_of(variant: Variant) -> str:
+    return f"{variant.kernel}-{variant.tile}"
+
+
+@pytest.mark.parametrize("variant", SAMPLES, ids=id_of)
+def test_every_product_is_fenced(variant: Variant, compiled: dict[Variant, str]) -> None:
+    """What was copied through the generic proxy is read by `wgmma` through the other one."""
+    found = events(compiled[variant])
+    assert found.count("product") >= 1
+    fenced = False
+    for event in found:
+        if event == "product":
+            assert fenced, "no fence since the product before"
+        fenced = event == "fence" or (fenced and event not in ("product", "wait"))
+
+
+@pytest.mark.parametrize("variant", SAMPLES, ids=id_of)
+def test_a_stage_is_given_back_once_its_product_is_done(
+    variant: Variant, compiled: dict[Variant, str]
+) -> None:
+    """And filled before it is said to be: copies, then the arrival."""
+    found = [event for event in events(compiled[variant]) if event not in ("load", "predecessor")]
+    followers = dict.fromkeys(("done", "copy"), 0)
+    for event, following in itertools.pairwise(found):
+        if event == "done":
+            assert following == "arrive"
+            followers["done"] += 1
+        if event == "copy" and following != "copy":
+            assert following == "arrive"
+            followers["copy"] += 1
+    assert followers["done"] == found.count("done") > 0 and followers["copy"] == 1
+
+
+@pytest.mark.parametrize("variant", SAMPLES, ids=id_of)
+def test_barriers_count_those_that_arrive(variant: Variant, compiled: dict[Variant, str]) -> None:
+    """Every thread that copies; one for all that multiply, with int4 weights each for itself."""
+    code, tile = compiled[variant], variant.gemm_tile
+    assert tile is not None
+    counts = [int(n) for n in re.findall(r"ttng\.init_barrier %\w+, (\d+)", code)]
+    multiply = 1 if variant.layer.cfg.quant is None else 2 * 32 * tile.num_warps
+    assert counts == [128, multiply] * tile.num_stages
+    alone = len(re.findall(r"ttng\.arrive_barrier \S+, 1", code))
+    each = len(re.findall(r"async_copy_mbarrier_arrive .*noIncrement", code))
+    assert (alone > 0, each > 1) == ((True, False) if multiply == 1 else (False, True))
+
+
+@pytest.mark.parametrize("variant", SAMPLES, ids=id_of)
+def test_nothing_of_the_predecessor_is_read_before_it_has_finished(
+    variant: Variant, compiled: dict[Variant, str]
+) -> None:
+    """The gate/up GEMM follows the sort; the down GEMM may read the sort, which is older, and no more."""
+    found = events(compiled[variant])
+    assert found.count("predecessor") == 1
+    before = found[: found.index("predecessor")]
+    assert before == ([] if "gate_up" in variant.kernel else ["load"])
