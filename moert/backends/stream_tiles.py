@@ -176,7 +176,7 @@ def _one_at_a_time(
 def _tile(cfg: MoEConfig, shape: _Shape, bm: int, up: bool) -> Tile:
     row_tiles, row_warps, split, blocks, stages, repeats = shape
     columns = cfg.hidden_size if up else cfg.intermediate_size
-    while blocks > 1 and (blocks * BLOCK > columns or _straddles(cfg, blocks * BLOCK)):
+    while blocks > 1 and (blocks * BLOCK > columns or _unfit(cfg, blocks * BLOCK)):
         blocks //= 2
     return Tile(
         bm,
@@ -190,10 +190,13 @@ def _tile(cfg: MoEConfig, shape: _Shape, bm: int, up: bool) -> Tile:
     )
 
 
-def _straddles(cfg: MoEConfig, width: int) -> bool:
-    """Whether a step of `width` columns is neither within a group nor whole groups."""
+def _unfit(cfg: MoEConfig, width: int) -> bool:
+    """Whether a step of `width` columns is neither within a group nor whole groups, or has so many scales that
+    registers would spill."""
     group = -1 if cfg.quant is None else cfg.quant.group_size
-    return group != -1 and group % width != 0 and width % group != 0
+    if group == -1 or group % width == 0:
+        return False
+    return width % group != 0 or width // group > 4
 
 
 def _fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile, up: bool, direct: bool) -> bool:
