@@ -191,8 +191,8 @@ def _tile(cfg: MoEConfig, shape: _Shape, bm: int, up: bool) -> Tile:
 
 
 def _unfit(cfg: MoEConfig, width: int) -> bool:
-    """Whether a step of `width` columns is neither within a group nor whole groups, or has so many scales that
-    registers would spill."""
+    """Whether a step of `width` columns is neither within a group nor whole groups, or has more scales than
+    there are registers for."""
     group = -1 if cfg.quant is None else cfg.quant.group_size
     if group == -1 or group % width == 0:
         return False
