@@ -193,10 +193,10 @@ def _tile(cfg: MoEConfig, shape: _Shape, bm: int, up: bool) -> Tile:
 def _unfit(cfg: MoEConfig, width: int) -> bool:
     """Whether a step of `width` columns is neither within a group nor whole groups, or has more scales than
     there are registers for."""
-    group = -1 if cfg.quant is None else cfg.quant.group_size
-    if group == -1 or group % width == 0:
+    if cfg.quant is None or cfg.quant.group_size == -1 or cfg.quant.group_size % width == 0:
         return False
-    return width % group != 0 or width // group > 4
+    group, most = cfg.quant.group_size, 4 if cfg.quant.symmetric else 2
+    return width % group != 0 or width // group > most
 
 
 def _fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile, up: bool, direct: bool) -> bool:
