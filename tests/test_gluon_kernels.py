@@ -102,7 +102,7 @@ def run(backend: TritonBackend, choice: Choice, tokens: int, live: int | None) -
 
 
 @pytest.mark.parametrize(
-    ("name", "choice", "tokens"), cases(), ids=lambda v: str(v).replace(" ", "-")
+    ("name", "choice", "tokens"), list(cases()), ids=lambda v: str(v).replace(" ", "-")
 )
 def test_results(name: str, choice: Choice, tokens: int) -> None:
     cfg = LAYERS[name]

@@ -59,9 +59,10 @@ def careful_tile(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> Tile:
     """A tile of BM rows, up to `most_rows`, that spills nowhere, whatever the dtype and the loads."""
     if cfg.dtype == "float32":
         return Tile(bm, 32, 32, 4, 2)
-    # waves of 64 have the accumulators of 8 warps in 4; sm_100 spills two registers of the wider tile
-    columns = 32 if bm == 128 and facts.arch == "sm_100" else 64
-    return Tile(bm, columns, 32, 8 if bm == 128 and facts.warp_size == 32 else 4, 2)
+    # waves of 64 have the accumulators of 8 warps in 4
+    warps = 8 if bm == 128 and facts.warp_size == 32 else 4
+    # sm_100: two registers of the down GEMM with biases spill where copies run ahead
+    return Tile(bm, 64, 32, warps, 1 if bm == 128 and facts.arch == "sm_100" else 2)
 
 
 def wide(tile: Tile, cfg: MoEConfig, facts: DeviceFacts) -> bool:
