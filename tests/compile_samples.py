@@ -67,7 +67,7 @@ def sampled_streams(arch: str) -> list[Variant]:
     """The first direct choice and the first sorted one, of rows that are no whole steps."""
     found, facts = [], KNOWN_DEVICES[arch]
     for quant in (Quant("int4", 32, symmetric=False), None):
-        cfg = MoEConfig(24, 3, 528, 208, dtype="float16", quant=quant)
+        cfg = MoEConfig(24, 3, 528, 200, dtype="float16", quant=quant)
         firsts = (direct_choices(cfg, facts), grouped_choices(cfg, facts, "one_shot", 2.0))
         for choice in (next(choices) for choices in firsts if facts.kind == "cuda"):
             launches = planned_launches(Layer(cfg).backend(arch), 8, choice, True)
@@ -82,8 +82,8 @@ def sampled_streams(arch: str) -> list[Variant]:
 def sampled_specialised() -> list[Variant]:
     """Every tile, for layers with what takes most registers: biases, zero points, ragged sizes."""
     found, facts = [], KNOWN_DEVICES["sm_90"]
-    ragged = MoEConfig(24, 3, 528, 208, "swiglu_oai", bias=True)
-    ungated = MoEConfig(24, 3, 528, 208, "relu2", gated=False, bias=True)
+    ragged = MoEConfig(24, 3, 528, 200, "swiglu_oai", bias=True)
+    ungated = MoEConfig(24, 3, 528, 200, "relu2", gated=False, bias=True)
     for cfg in (
         ragged,
         replace(ragged, dtype="float16"),

@@ -38,8 +38,8 @@ CPU = torch.device("cpu")
 FEW_UNITS = replace(KNOWN_DEVICES["sm_90"], compute_units=3)
 # float16: the interpreter of the kernels beside these computes bfloat16 wrongly. Sizes that are whole blocks
 # of nothing
-PLAIN = MoEConfig(4, 3, 144, 80, "swiglu_oai", bias=True, dtype="float16")
-UNGATED = MoEConfig(4, 3, 144, 80, "relu2", gated=False, bias=True, dtype="float16")
+PLAIN = MoEConfig(4, 3, 144, 88, "swiglu_oai", bias=True, dtype="float16")
+UNGATED = MoEConfig(4, 3, 144, 88, "relu2", gated=False, bias=True, dtype="float16")
 LAYERS = {
     "16 bits": PLAIN,
     "16 bits, interleaved": PLAIN,

@@ -23,7 +23,7 @@ from moert.tuning.probes import DeviceProbes
 
 pytestmark = pytest.mark.gpu
 
-# multiples of 16, as streams need, and of nothing more
+# multiples of 16, and of nothing more
 SMALL = MoEConfig(24, 3, 528, 208, quant=Quant("int4", 128))
 WIDE = MoEConfig(12, 4, 2880, 2880, activation="swiglu_oai", bias=True, quant=Quant("int4", 32))
 ROWS = Quant("int4", -1, symmetric=False)
@@ -40,7 +40,8 @@ LAYERS = {
         quant=Quant("int4", 64, symmetric=False),
     ),
     "columns in another order": SMALL,
-    "no stream: odd rows": replace(SMALL, intermediate_size=200, quant=Quant("int4", 64)),
+    "rows of 400 bytes": replace(SMALL, intermediate_size=200, quant=Quant("int4", 64)),
+    "no stream: odd rows": replace(SMALL, intermediate_size=196, quant=Quant("int4", 64)),
     "no stream: groups of 96": replace(SMALL, quant=Quant("int4", 96, symmetric=False)),
     "16 bits": replace(SMALL, quant=None),
     "16 bits, interleaved": replace(WIDE, quant=None, dtype="float16"),

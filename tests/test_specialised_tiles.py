@@ -68,7 +68,7 @@ def test_other_devices_are_refused(arch: str) -> None:
     ("cfg", "reason"),
     [
         (replace(PLAIN, dtype="float32"), "16-bit"),
-        (replace(PLAIN, intermediate_size=200), "multiples of 16"),
+        (replace(PLAIN, intermediate_size=196), "and I of 8"),
         (replace(INT4, quant=Quant("int4", 96)), "groups of"),
     ],
     ids=["float32", "narrow rows", "g96"],

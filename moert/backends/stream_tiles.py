@@ -20,8 +20,9 @@ def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
         )
     if cfg.dtype == "float32":
         return "16-bit activations only"
-    if cfg.hidden_size % 16 or cfg.intermediate_size % 16:
-        return "rows of x and h are copied 16 bytes at a time: H and I have to be multiples of 16"
+    # x has the caller's distance between rows, which is known to be a multiple of 16 elements or of nothing
+    if cfg.hidden_size % 16 or cfg.intermediate_size % 8:
+        return "rows are copied 16 bytes at a time: H has to be a multiple of 16 and I of 8"
     size = 32 if cfg.quant is None else cfg.quant.group_size
     if size not in (-1, 32) and size % BLOCK:
         return "groups of 32 columns or of multiples of 64"
