@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from moert.backends.int4_tiles import group_of
-from moert.backends.launch_parts import direct_grid, grouped_grid, sort_args
+from moert.backends.launch_parts import (
+    activation_constants,
+    direct_grid,
+    grouped_grid,
+    int4_args,
+    sort_args,
+)
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.launch import Launch
@@ -41,7 +47,7 @@ def gate_up_int4(
     assert isinstance(matrix, Int4Matrix)
     kernel = gate_up_direct_int4_kernel if direct else gate_up_grouped_int4_kernel
     args = {
-        **_matrix_args("w13_ptr", matrix),
+        **int4_args("w13_ptr", matrix),
         "permutation_ptr": matrix.permutation,
         "b13_ptr": weights.b13,
         "h_ptr": views["h"],
@@ -49,9 +55,7 @@ def gate_up_int4(
     constants = {
         **_constants(cfg, cfg.hidden_size, tile),
         "GATED": cfg.gated,
-        "ACTIVATION": cfg.activation,
-        "LIMIT": cfg.activation_limit or 0.0,
-        "ALPHA": cfg.activation_alpha,
+        **activation_constants(cfg),
     }
     tiles = matrix.codes.shape[1]
     return _launch(cfg, facts, tile, views, direct, kernel, args, constants, tiles, cfg.top_k)
@@ -69,16 +73,12 @@ def down_int4(
     matrix = weights.w2
     assert isinstance(matrix, Int4Matrix)
     kernel = down_direct_int4_kernel if direct else down_grouped_int4_kernel
-    args = {**_matrix_args("w2_ptr", matrix), "b2_ptr": weights.b2, "h_ptr": views["h"]}
+    args = {**int4_args("w2_ptr", matrix), "b2_ptr": weights.b2, "h_ptr": views["h"]}
     if not direct:
         args |= {"y_ptr": views["y"], "sorted_weights": views["sorted_weights"]}
     constants = _constants(cfg, cfg.intermediate_size, tile)
     tiles = matrix.codes.shape[1]
     return _launch(cfg, facts, tile, views, direct, kernel, args, constants, tiles, 1)
-
-
-def _matrix_args(name: str, matrix: Int4Matrix) -> dict[str, Any]:
-    return {name: matrix.codes, "scales_ptr": matrix.scales, "zeros_ptr": matrix.zeros}
 
 
 def _constants(cfg: MoEConfig, columns: int, tile: Tile) -> dict[str, Any]:

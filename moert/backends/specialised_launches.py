@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moert.backends.launch_parts import sort_args
+from moert.backends.launch_parts import activation_constants, int4_args, sort_args
 from moert.backends.specialised_tiles import specialised_int4_shape, specialised_shape
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -31,12 +31,7 @@ def gate_up_specialised(
     views: Mapping[str, torch.Tensor],
 ) -> Launch:
     """The gate/up GEMM; views: "h", and those of the sort."""
-    constants = {
-        "K": cfg.top_k,
-        "ACTIVATION": cfg.activation,
-        "LIMIT": cfg.activation_limit or 0.0,
-        "ALPHA": cfg.activation_alpha,
-    }
+    constants = {"K": cfg.top_k, **activation_constants(cfg)}
     args = {"b13_ptr": weights.b13, "h_ptr": views["h"]}
     return _launch(cfg, weights, facts, tile, views, True, args, constants)
 
@@ -74,7 +69,7 @@ def _launch(
     if isinstance(matrix, Int4Matrix):
         kernel = gate_up_specialised_int4_kernel if up else down_specialised_int4_kernel
         shape = specialised_int4_shape(cfg, facts, tile, up=up)
-        args |= {name: matrix.codes, "scales_ptr": matrix.scales, "zeros_ptr": matrix.zeros}
+        args |= int4_args(name, matrix)
     else:
         kernel = gate_up_specialised_kernel if up else down_specialised_kernel
         strides = (matrix.stride(0), matrix.stride(1))

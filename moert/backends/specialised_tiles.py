@@ -109,7 +109,7 @@ def specialised_shape(
         up: the gate/up GEMM, else the down GEMM.
         strides: of the weights between experts and rows, in elements.
     """
-    reduction, columns = _sizes(cfg, up)
+    reduction, columns = stream_tiles.gemm_sizes(cfg, up)
     return SpecialisedShape(
         reduction=reduction,
         columns=columns,
@@ -130,7 +130,7 @@ def specialised_int4_shape(
 ) -> SpecialisedInt4Shape:
     """The same for int4 weights."""
     assert cfg.quant is not None
-    reduction, columns = _sizes(cfg, up)
+    reduction, columns = stream_tiles.gemm_sizes(cfg, up)
     return SpecialisedInt4Shape(
         zeros=not cfg.quant.symmetric,
         group=columns_per_group(cfg.quant.group_size, reduction),
@@ -143,9 +143,3 @@ def specialised_int4_shape(
         side=SIDE,
         programs=facts.compute_units,
     )
-
-
-def _sizes(cfg: MoEConfig, up: bool) -> tuple[int, int]:
-    """Columns of a weight's row, and of the output."""
-    sizes = (cfg.hidden_size, cfg.intermediate_size)
-    return sizes if up else sizes[::-1]

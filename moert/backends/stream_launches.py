@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from moert.backends.launch_parts import direct_grid, grouped_grid, sort_args
+from moert.backends.launch_parts import (
+    activation_constants,
+    direct_grid,
+    grouped_grid,
+    int4_args,
+    sort_args,
+)
 from moert.backends.stream_tiles import stream_shape
 from moert.config import MoEConfig
 from moert.launch import Launch
@@ -30,12 +36,7 @@ def gate_up_stream(
 ) -> Launch:
     """The gate/up GEMM; views: "h", and those of the sort where there is one."""
     kernel = gate_up_direct_stream_kernel if direct else gate_up_grouped_stream_kernel
-    constants = {
-        "K": cfg.top_k,
-        "ACTIVATION": cfg.activation,
-        "LIMIT": cfg.activation_limit or 0.0,
-        "ALPHA": cfg.activation_alpha,
-    }
+    constants = {"K": cfg.top_k, **activation_constants(cfg)}
     args = {"b13_ptr": weights.b13, "h_ptr": views["h"]}
     return _launch(cfg, weights, tile, views, direct, True, kernel, args, constants)
 
@@ -70,7 +71,7 @@ def _launch(
     name = "w13_ptr" if up else "w2_ptr"
     strides = (0, 0)
     if isinstance(matrix, Int4Matrix):
-        args |= {name: matrix.codes, "scales_ptr": matrix.scales, "zeros_ptr": matrix.zeros}
+        args |= int4_args(name, matrix)
     else:
         args |= {name: matrix, "scales_ptr": None, "zeros_ptr": None}
         strides = (matrix.stride(0), matrix.stride(1))

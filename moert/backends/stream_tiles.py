@@ -45,6 +45,12 @@ def readable(weights: ExpertWeights) -> bool:
     return True
 
 
+def gemm_sizes(cfg: MoEConfig, up: bool) -> tuple[int, int]:
+    """Columns of a weight's row, and of the output."""
+    sizes = (cfg.hidden_size, cfg.intermediate_size)
+    return sizes if up else sizes[::-1]
+
+
 def stream_shape(
     cfg: MoEConfig,
     tile: Tile,
@@ -60,9 +66,7 @@ def stream_shape(
         up: the gate/up GEMM, else the down GEMM.
         strides: of 16-bit weights between experts and rows, in elements.
     """
-    reduction, columns = cfg.hidden_size, cfg.intermediate_size
-    if not up:
-        reduction, columns = columns, reduction
+    reduction, columns = gemm_sizes(cfg, up)
     # 16-bit weights have none, and nothing asks for it
     group = columns_per_group(-1 if cfg.quant is None else cfg.quant.group_size, reduction)
     return StreamShape(

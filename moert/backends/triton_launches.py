@@ -7,7 +7,12 @@ from typing import Any
 import torch
 
 from moert.backends.int4_launches import down_int4, gate_up_int4
-from moert.backends.launch_parts import direct_grid, grouped_grid, sort_args
+from moert.backends.launch_parts import (
+    activation_constants,
+    direct_grid,
+    grouped_grid,
+    sort_args,
+)
 from moert.backends.specialised_launches import down_specialised, gate_up_specialised
 from moert.backends.stream_launches import down_stream, gate_up_stream
 from moert.backends.triton_tile_limits import is_rdna
@@ -161,9 +166,7 @@ def _gate_up_constants(cfg: MoEConfig, weights: ExpertWeights) -> dict[str, Any]
         "W_K": column,
         "GATED": cfg.gated,
         "INTERLEAVED": weights.interleaved,
-        "ACTIVATION": cfg.activation,
-        "LIMIT": cfg.activation_limit or 0.0,
-        "ALPHA": cfg.activation_alpha,
+        **activation_constants(cfg),
     }
 
 
