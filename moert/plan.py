@@ -12,9 +12,9 @@ from typing import Any
 from moert.arena import Field, layout
 
 STRATEGIES = ("none", "one_shot", "multi_phase")
-# portable tiles; weights streamed through shared memory (moert/steps/streaming); warps that copy beside warps
-# that multiply (moert/steps/specialised)
-KERNELS = ("tile", "stream", "specialised")
+# portable tiles; weights streamed through shared memory (moert/steps/streaming), and the same for all rows of
+# an expert where nothing is sorted; warps that copy beside warps that multiply (moert/steps/specialised)
+KERNELS = ("tile", "stream", "gathered", "specialised")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Tile:
         kernel: one of `KERNELS`.
         split: of streams, parts of the reduction that warps work on side by side.
         repeats: of streams, tiles that a program takes one after the other.
+        together: of streams, blocks of BM sorted rows of one expert that a program takes at a time, at most.
     """
 
     bm: int
@@ -41,11 +42,14 @@ class Tile:
     kernel: str = "tile"
     split: int = 1
     repeats: int = 1
+    together: int = 1
 
     def __str__(self) -> str:
         text = f"{self.bm}x{self.bn}x{self.bk}/w{self.num_warps}s{self.num_stages}"
-        if self.kernel == "stream":
+        if self.kernel in ("stream", "gathered"):
             text += f"k{self.split}r{self.repeats}"
+        if self.together > 1:
+            text += f"t{self.together}"
         return text if self.kernel == "tile" else f"{text} {self.kernel}"
 
 
@@ -87,8 +91,10 @@ class Choice:
                 raise ValueError(f"tile {tile} has a field that is no positive integer")
             if tile.kernel not in KERNELS:
                 raise ValueError(f"tile {tile}: kernel is not one of {', '.join(KERNELS)}")
-            if tile.kernel == "specialised" and data["strategy"] == "none":
+            if (tile.kernel == "specialised" or tile.together > 1) and data["strategy"] == "none":
                 raise ValueError(f"tile {tile}: its kernels follow a sort")
+            if tile.kernel == "gathered" and data["strategy"] != "none":
+                raise ValueError(f"tile {tile}: its kernels follow no sort")
         dependent = data.get("dependent", False)
         if type(dependent) is not bool:
             raise ValueError(f"dependent={dependent!r}: need true or false")

@@ -6,7 +6,8 @@ import random
 from dataclasses import replace
 
 from moert.backends import int4_tiles, specialised_tiles, triton_tiles
-from moert.backends.stream_tiles import direct_choices, grouped_choices, stream_shape
+from moert.backends.stream_choices import direct_choices, grouped_choices
+from moert.backends.stream_tiles import stream_shape
 from moert.cli.compile_variants import Layer, Variant, planned_launches
 from moert.config import MoEConfig, Quant
 from moert.device import KNOWN_DEVICES, DeviceFacts
@@ -64,12 +65,15 @@ def sampled_sorts(arch: str) -> list[Variant]:
 
 
 def sampled_streams(arch: str) -> list[Variant]:
-    """The first direct choice and the first sorted one, of rows that are no whole steps."""
+    """The first choice of each kind, and the one that takes most rows together; of rows that are no whole
+    steps."""
     found, facts = [], KNOWN_DEVICES[arch]
     for quant in (Quant("int4", 32, symmetric=False), None):
         cfg = MoEConfig(24, 3, 528, 200, dtype="float16", quant=quant)
-        firsts = (direct_choices(cfg, facts), grouped_choices(cfg, facts, "one_shot", 2.0))
-        for choice in (next(choices) for choices in firsts if facts.kind == "cuda"):
+        direct = list(direct_choices(cfg, facts, 8))
+        grouped = sorted(grouped_choices(cfg, facts, "one_shot", 32), key=_together)
+        gathered = [c for c in direct if c.gate_up is not None and c.gate_up.kernel == "gathered"]
+        for choice in (*direct[:1], *gathered[:1], *grouped[:1], *grouped[-1:]):
             launches = planned_launches(Layer(cfg).backend(arch), 8, choice, True)
             found += [
                 Variant(arch, Layer(cfg), 8, choice, index, True, launch.name)
@@ -77,6 +81,11 @@ def sampled_streams(arch: str) -> list[Variant]:
                 if "stream" in launch.name
             ]
     return found
+
+
+def _together(choice: Choice) -> int:
+    tiles = (choice.gate_up, choice.down)
+    return sum(tile.together for tile in tiles if tile is not None)
 
 
 def sampled_specialised() -> list[Variant]:

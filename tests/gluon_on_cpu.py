@@ -311,6 +311,7 @@ def _language() -> types.SimpleNamespace:
         "broadcast": _broadcast,
         "convert_layout": lambda value, *_, **__: value,
         "sum": lambda value, axis: Value(value.data.sum(axis)),
+        "min": lambda value, axis: Value(value.data.amin(axis)),
         "where": _where,
         "minimum": pairwise(torch.minimum),
         "maximum": pairwise(torch.maximum),

@@ -20,7 +20,7 @@ from runtime_cases import NAN, make_case
 
 from moert import ExpertWeights, MoEConfig
 from moert.arena import Arena, layout
-from moert.backends import specialised_tiles, stream_tiles
+from moert.backends import specialised_tiles, stream_choices
 from moert.backends.triton import TritonBackend
 from moert.call import Call, call_key
 from moert.config import Quant
@@ -53,25 +53,33 @@ TOLERANCE = 2e-3
 
 
 def cases() -> Iterator[tuple[str, Choice, int]]:
-    """(layer, choice, T): every specialised tile, every third stream."""
+    """(layer, choice, T): every specialised tile, every fourth stream."""
     for name, cfg in LAYERS.items():
         streams = [
-            *stream_tiles.direct_choices(cfg, FEW_UNITS),
-            *stream_tiles.grouped_choices(cfg, FEW_UNITS, "one_shot", 8.0),
+            *stream_choices.direct_choices(cfg, FEW_UNITS, 8),
+            *stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 11),
         ]
         for number, choice in enumerate(dict.fromkeys(streams)):
-            if number % 3 == 0:
+            if number % 4 == 0:
                 yield name, choice, 3 if choice.strategy == "none" else 11
+        # several blocks of an expert by one program, as many as instructions are made for, and fewer
+        wide = stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 64)
+        most = max(wide, key=lambda c: (c.gate_up.together, c.down.together, -c.gate_up.bn))
+        yield name, most, 45
         # an expert with more rows than a block, others with few
         for choice in specialised_tiles.choices(cfg, FEW_UNITS, "one_shot", 1000.0):
             yield name, choice, 150
+
+
+def gathers(choice: Choice) -> bool:
+    return choice.down is not None and choice.down.kernel == "gathered"
 
 
 def run(backend: TritonBackend, choice: Choice, tokens: int, live: int | None) -> None:
     """One call, with rows of nobody, behind the live ones anything; checks the result."""
     cfg, weights = backend.cfg, backend.weights
     case = make_case(cfg, tokens + 2, strange=0.1)
-    if tokens > 100:
+    if tokens > 40:
         case.topk.ids[:, 0] = 1
     case.topk.weights[(case.topk.ids < 0) | (case.topk.ids >= cfg.num_experts)] = NAN
     computed = tokens if live is None else live
@@ -93,7 +101,7 @@ def run(backend: TritonBackend, choice: Choice, tokens: int, live: int | None) -
             ran += 1
         else:
             run_interpreted([launch], values, tokens)
-    assert ran == 2
+    assert ran == 2, "kernels of no Gluon"
     if computed:
         topk = TopK(topk.weights[:computed], topk.ids[:computed])
         expected = experts_reference(x[:computed], topk, weights, cfg)
@@ -118,9 +126,11 @@ def test_live_counts(name: str, live: int) -> None:
     cfg = LAYERS[name]
     backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
     kinds = (
-        stream_tiles.direct_choices(cfg, FEW_UNITS),
-        stream_tiles.grouped_choices(cfg, FEW_UNITS, "one_shot", 8.0),
+        stream_choices.direct_choices(cfg, FEW_UNITS, 1),
+        (c for c in stream_choices.direct_choices(cfg, FEW_UNITS, 8) if gathers(c)),
+        stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 9),
         specialised_tiles.choices(cfg, FEW_UNITS, "multi_phase", 1000.0),
     )
     for choices in kinds:
-        run(backend, replace(next(choices), dependent=False), 9, live)
+        choice = next(choices)
+        run(backend, replace(choice, dependent=False), 9 if choice.strategy != "none" else 7 if live == 7 else 3, live)

@@ -11,13 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from moert.backends import int4_tiles, triton_tiles
-from moert.backends.stream_tiles import (
-    direct_choices,
-    grouped_choices,
-    readable,
-    refuses,
-    stream_shape,
-)
+from moert.backends.stream_choices import direct_choices, grouped_choices
+from moert.backends.stream_tiles import readable, refuses, stream_shape
 from moert.backends.triton import TritonBackend
 from moert.cli.absent import absent_weights
 from moert.config import MoEConfig, Quant
@@ -48,14 +43,15 @@ CONFIGS = {
 
 def streams(cfg: MoEConfig, facts: DeviceFacts = H200) -> Iterator[tuple[Tile, bool, bool]]:
     """(tile, whether of the gate/up GEMM, whether direct) of every choice there is."""
-    found = list(direct_choices(cfg, facts))
+    found = [c for tokens in (1, 8) for c in direct_choices(cfg, facts, tokens)]
     for strategy in ("one_shot", "multi_phase"):
-        for mean in (0.5, 20):
-            found += grouped_choices(cfg, facts, strategy, mean)
+        for tokens in (4, 64, 512):
+            found += grouped_choices(cfg, facts, strategy, tokens)
     for choice in found:
         assert choice.gate_up is not None and choice.down is not None
-        yield choice.gate_up, True, choice.strategy == "none"
-        yield choice.down, False, choice.strategy == "none"
+        unsorted = choice.strategy == "none"
+        yield choice.gate_up, True, unsorted and choice.gate_up.kernel == "stream"
+        yield choice.down, False, unsorted and choice.down.kernel == "stream"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +78,7 @@ def test_refused(changes: dict[str, object], arch: str, said: str | None) -> Non
     reason = refuses(cfg, facts)
     assert (reason is None) == (said is None)
     assert said is None or said in str(reason)
-    found = [*direct_choices(cfg, facts), *grouped_choices(cfg, facts, "one_shot", 1.0)]
+    found = [*direct_choices(cfg, facts, 4), *grouped_choices(cfg, facts, "one_shot", 8)]
     assert bool(found) == (said is None)
 
 
@@ -140,7 +136,7 @@ def test_every_tile_fits(name: str, arch: str) -> None:
     for tile, up, direct in streams(cfg, facts):
         shape = stream_shape(cfg, tile, up=up, direct=direct)
         count += 1
-        assert tile.kernel == "stream" and tile.bm in (8, 16)
+        assert tile.kernel in ("stream", "gathered") and tile.bm in (8, 16)
         assert shape.shared_bytes(direct) <= facts.shared_memory
         assert shape.warps == tile.num_warps <= 16
         for size in (shape.row_tiles, shape.blocks, shape.split, shape.row_warps, shape.bm):
@@ -215,16 +211,45 @@ def test_what_a_tile_compiles_to() -> None:
 
 def test_one_gemm_varies_at_a_time() -> None:
     for cfg in (INT4, replace(INT4, quant=None)):
-        first, *others = direct_choices(cfg, H200)
+        first, *others = direct_choices(cfg, H200, 1)
         assert all((c.gate_up == first.gate_up) != (c.down == first.down) for c in others)
         assert first.dependent
-        assert not any(c.dependent for c in direct_choices(cfg, KNOWN_DEVICES["sm_80"]))
+        assert not any(c.dependent for c in direct_choices(cfg, KNOWN_DEVICES["sm_80"], 1))
 
 
-def test_rows_an_expert_decide_how_wide_an_instruction_is() -> None:
-    for mean, expected in ((2, {8}), (8, {8, 16}), (20, {16})):
-        found = grouped_choices(INT4, H200, "one_shot", mean)
-        assert {choice.gate_up.bm for choice in found if choice.gate_up} == expected
+@pytest.mark.parametrize("quant", [None, Quant("int4", 128)])
+def test_an_experts_rows_are_gathered_where_the_instruction_has_columns_for_all_tokens(
+    quant: Quant | None,
+) -> None:
+    cfg = replace(INT4, quant=quant)
+    backend = TritonBackend(cfg, absent_weights(cfg), H200)
+    for tokens, expected in ((1, False), (2, True), (8, True), (9, False)):
+        found = [c for c in direct_choices(cfg, H200, tokens) if c.gate_up.kernel == "gathered"]
+        assert bool(found) == expected
+    gathered = next(c for c in direct_choices(cfg, H200, 8) if c.down.kernel == "gathered")
+    assert backend.can_run(gathered, 8) and not backend.can_run(gathered, 9)
+    # such a plan is not run: what runs in its place computes any number of tokens
+    assert all("gathered" not in name for name in backend.kernels(9, gathered))
+    kinds = {c.down.kernel for c in direct_choices(cfg, H200, 8) if c.gate_up.kernel == "gathered"}
+    assert kinds == {"gathered", "stream"}
+
+
+def test_rows_an_expert_decide_how_many_a_program_takes() -> None:
+    def rows(cfg: MoEConfig, tokens: int) -> set[int]:
+        """Most rows of an instruction."""
+        found = grouped_choices(cfg, H200, "one_shot", tokens)
+        return {c.gate_up.bm * c.gate_up.together for c in found if c.gate_up}
+
+    assert [rows(INT4, tokens) for tokens in (8, 16, 64, 256)] == [
+        {8},
+        {8},
+        {8, 16, 32},
+        {8, 16, 32},
+    ]
+    plain = replace(INT4, quant=None)
+    assert rows(plain, 8) == {8} and rows(plain, 64) >= {8, 16, 32, 64}
+    # as many as any routing can give an expert, where that is all tokens
+    assert 16 in rows(plain, 16) and max(rows(plain, 16)) == 16
 
 
 def test_streams_are_offered_where_experts_have_few_rows() -> None:

@@ -88,8 +88,9 @@ class Backend(ABC):
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
         """Choices worth timing that fit the device, the default first; pure."""
 
-    def can_run(self, choice: Choice) -> bool:
-        """Whether these very weights, as they lie in memory, can be read by the kernels of a choice."""
+    def can_run(self, choice: Choice, tokens: int) -> bool:
+        """Whether the kernels of a choice can read these very weights, as they lie in memory, and serve up to
+        `tokens` rows."""
         return True
 
     def infeasible(self, strategy: str, tokens: int) -> str | None:

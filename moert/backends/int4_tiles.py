@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moert.backends import specialised_tiles, stream_tiles
+from moert.backends import specialised_tiles, stream_choices
 from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -44,7 +44,7 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
     rows = tokens * cfg.top_k
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
     if tokens <= 4 and rows <= DIRECT_ROWS:
-        found = _direct(cfg, facts)
+        found = _direct(cfg, facts, tokens)
     else:
         found = _sorted(cfg, facts, tokens, strategy)
         specialised = specialised_tiles.default(cfg, facts, strategy, rows / cfg.num_experts)
@@ -85,7 +85,7 @@ def candidates(
     found = {default: None}
     rows = tokens * cfg.top_k
     if "none" in strategies and (rows <= 4 * DIRECT_ROWS or len(strategies) == 1):
-        found |= dict.fromkeys(_direct(cfg, facts))
+        found |= dict.fromkeys(_direct(cfg, facts, tokens))
     sorts = [s for s in strategies if s != "none"]
     sorts.sort(key=lambda s: s != default.strategy)
     for strategy, most in zip(sorts, (None, 3), strict=False):
@@ -97,8 +97,8 @@ def candidates(
     return list(found)
 
 
-def _direct(cfg: MoEConfig, facts: DeviceFacts) -> Iterator[Choice]:
-    yield from stream_tiles.direct_choices(cfg, facts)
+def _direct(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Iterator[Choice]:
+    yield from stream_choices.direct_choices(cfg, facts, tokens)
     yield replace(direct_choice(cfg, facts), dependent=facts.dependent_launch)
     if facts.dependent_launch:
         yield direct_choice(cfg, facts)
@@ -117,7 +117,7 @@ def _sorted(cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str) -> I
     """The likeliest first."""
     mean = tokens * cfg.top_k / cfg.num_experts
     if mean <= 24:
-        yield from stream_tiles.grouped_choices(cfg, facts, strategy, mean)
+        yield from stream_choices.grouped_choices(cfg, facts, strategy, tokens)
     tallest = max(LEAST_ROWS, 3 * mean) if cfg.dtype != "float32" else FLOAT32_ROWS
     sizes = [bm for bm in (16, 32, 64, 128) if bm <= tallest][-3:]
     sizes.sort(key=lambda bm: abs(bm - max(16.0, 1.5 * mean)))

@@ -19,12 +19,25 @@ from moert.config import MoEConfig
 from moert.launch import Launch
 from moert.plan import Tile
 from moert.quantization.int4_layout import Int4Matrix
-from moert.steps.down.streaming import down_direct_stream_kernel, down_grouped_stream_kernel
-from moert.steps.gate_up.streaming import (
-    gate_up_direct_stream_kernel,
+from moert.steps.down.streaming import down_direct_stream_kernel
+from moert.steps.down.streaming_grouped import (
+    down_gathered_stream_kernel,
+    down_grouped_stream_kernel,
+)
+from moert.steps.gate_up.streaming import gate_up_direct_stream_kernel
+from moert.steps.gate_up.streaming_grouped import (
+    gate_up_gathered_stream_kernel,
     gate_up_grouped_stream_kernel,
 )
 from moert.weights import ExpertWeights
+
+# (direct, gathered, grouped)
+_GATE_UP = (
+    gate_up_direct_stream_kernel,
+    gate_up_gathered_stream_kernel,
+    gate_up_grouped_stream_kernel,
+)
+_DOWN = (down_direct_stream_kernel, down_gathered_stream_kernel, down_grouped_stream_kernel)
 
 
 def gate_up_stream(
@@ -32,13 +45,12 @@ def gate_up_stream(
     weights: ExpertWeights,
     tile: Tile,
     views: Mapping[str, torch.Tensor],
-    direct: bool,
+    unsorted: bool,
 ) -> Launch:
     """The gate/up GEMM; views: "h", and those of the sort where there is one."""
-    kernel = gate_up_direct_stream_kernel if direct else gate_up_grouped_stream_kernel
     constants = {"K": cfg.top_k, **activation_constants(cfg)}
     args = {"b13_ptr": weights.b13, "h_ptr": views["h"]}
-    return _launch(cfg, weights, tile, views, direct, True, kernel, args, constants)
+    return _launch(cfg, weights, tile, views, unsorted, True, args, constants)
 
 
 def down_stream(
@@ -46,14 +58,15 @@ def down_stream(
     weights: ExpertWeights,
     tile: Tile,
     views: Mapping[str, torch.Tensor],
-    direct: bool,
+    unsorted: bool,
 ) -> Launch:
-    """The down GEMM; views as for `gate_up_stream`, and "y"."""
-    kernel = down_direct_stream_kernel if direct else down_grouped_stream_kernel
+    """The down GEMM; views as for `gate_up_stream`, and "y" but where each program sums a token's experts."""
     args: dict[str, Any] = {"b2_ptr": weights.b2, "h_ptr": views["h"]}
-    if not direct:
-        args |= {"y_ptr": views["y"], "sorted_weights": views["sorted_weights"]}
-    return _launch(cfg, weights, tile, views, direct, False, kernel, args, {"K": cfg.top_k})
+    if not unsorted:
+        args |= {"sorted_weights": views["sorted_weights"]}
+    if not unsorted or tile.kernel == "gathered":
+        args |= {"y_ptr": views["y"]}
+    return _launch(cfg, weights, tile, views, unsorted, False, args, {"K": cfg.top_k})
 
 
 def _launch(
@@ -61,9 +74,8 @@ def _launch(
     weights: ExpertWeights,
     tile: Tile,
     views: Mapping[str, torch.Tensor],
-    direct: bool,
+    unsorted: bool,
     up: bool,
-    kernel: Any,
     args: dict[str, Any],
     constants: dict[str, Any],
 ) -> Launch:
@@ -75,13 +87,16 @@ def _launch(
     else:
         args |= {name: matrix, "scales_ptr": None, "zeros_ptr": None}
         strides = (matrix.stride(0), matrix.stride(1))
+    gathered = tile.kernel == "gathered"
+    direct = unsorted and not gathered
     shape = stream_shape(
         cfg, tile, up=up, direct=direct, interleaved=weights.interleaved, strides=strides
     )
     constants = {**constants, "S": shape}
-    if direct:
+    kernel = (_GATE_UP if up else _DOWN)[0 if direct else 1 if gathered else 2]
+    if unsorted:
         constants["E"] = cfg.num_experts
-        grid = direct_grid(shape.tiles, cfg.top_k if up else 1)
+        grid = direct_grid(shape.tiles, cfg.top_k if up or gathered else 1)
     else:
         args |= sort_args(views)
         grid = grouped_grid(cfg, tile.bm, shape.tiles)

@@ -1,7 +1,8 @@
 """The Triton backend: NVIDIA and AMD GPUs, and any CPU under Triton's interpreter for tests.
 
-Strategy "none": two launches, gate/up and down, each program finding its expert by itself. Sorted strategies:
-sort (one or more launches), gate/up, down, combine. Every sum has a fixed order.
+Strategy "none": two launches, gate/up and down, each program finding its expert by itself, and combine where
+programs of the down GEMM have one expert each. Sorted strategies: sort (one or more launches), gate/up, down,
+combine. Every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ class TritonBackend(Backend):
 
     def default_choice(self, tokens: int) -> Choice:
         choice: Choice = self._tiles.default_choice(self.cfg, self.facts, tokens)
-        if not self.can_run(choice):
+        if not self.can_run(choice, tokens):
             choice = self._tiles.default_choice(self.cfg, self.facts, tokens, copied=False)
         return choice
 
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
         able = [s for s in strategies if self.infeasible(s, tokens) is None]
         found = self._tiles.candidates(self.cfg, self.facts, tokens, able)
-        able_to = [choice for choice in found if self.can_run(choice)]
+        able_to = [choice for choice in found if self.can_run(choice, tokens)]
         return list(dict.fromkeys((self.default_choice(tokens), *able_to)))
 
     @property
@@ -63,8 +64,10 @@ class TritonBackend(Backend):
         """The module that chooses tiles for these weights."""
         return triton_tiles if self.cfg.quant is None else int4_tiles
 
-    def can_run(self, choice: Choice) -> bool:
+    def can_run(self, choice: Choice, tokens: int) -> bool:
         tiles = [tile for tile in (choice.gate_up, choice.down) if tile is not None]
+        if any(tile.kernel == "gathered" and tile.bm < tokens for tile in tiles):
+            return False
         if any(tile.kernel == "specialised" for tile in tiles):
             fits = [specialised_tiles.fits(self.cfg, self.facts, tile) for tile in tiles]
             return all(fits) and specialised_tiles.readable(self.weights)
@@ -77,11 +80,11 @@ class TritonBackend(Backend):
         cfg = self.cfg
         rows = tokens * cfg.top_k
         h = Field("h", (rows, cfg.intermediate_size), cfg.torch_dtype)
-        if choice.strategy == "none":
-            return (h,)
-        assert choice.gate_up is not None
-        sort = sort_fields(choice.strategy, tokens, cfg.num_experts, cfg.top_k, choice.gate_up.bm)
         y = Field("y", (rows, cfg.hidden_size), cfg.torch_dtype)
+        assert choice.gate_up is not None and choice.down is not None
+        if choice.strategy == "none":
+            return (h, y) if choice.down.kernel == "gathered" else (h,)
+        sort = sort_fields(choice.strategy, tokens, cfg.num_experts, cfg.top_k, choice.gate_up.bm)
         return (*(Field(*f) for f in sort), h, y)
 
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ class TritonBackend(Backend):
         Weights that a plan made for others cannot read go through portable kernels on the same arena.
         """
         cfg, weights = self.cfg, self.weights
-        if not self.can_run(choice):
+        if not self.can_run(choice, tokens):
             choice = self.unaligned(choice)
         if choice.strategy == "none":
             return direct_launches(cfg, weights, self.facts, choice, views)

@@ -31,13 +31,16 @@ Views = dict[str, torch.Tensor]
 def direct_launches(
     cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts, choice: Choice, views: Views
 ) -> list[Launch]:
-    """Strategy "none": gate/up by (row, columns), down by (token, columns)."""
+    """Strategy "none": gate/up by (row, columns), down by (token, columns); or by (expert, columns), and
+    combine."""
     up, down = _tiles(choice)
-    gemms = [
+    launches = [
         _gate_up(cfg, weights, facts, up, views, True),
         _down(cfg, weights, facts, down, views, True),
     ]
-    return in_a_row(gemms, choice.dependent)
+    if down.kernel == "gathered":
+        launches.append(_combine(cfg, views))
+    return in_a_row(launches, choice.dependent)
 
 
 def grouped_launches(
@@ -61,7 +64,7 @@ def _gate_up(
     views: Views,
     direct: bool,
 ) -> Launch:
-    if tile.kernel == "stream":
+    if tile.kernel in ("stream", "gathered"):
         return gate_up_stream(cfg, weights, tile, views, direct)
     if tile.kernel == "specialised":
         return gate_up_specialised(cfg, weights, facts, tile, views)
@@ -97,7 +100,7 @@ def _down(
     views: Views,
     direct: bool,
 ) -> Launch:
-    if tile.kernel == "stream":
+    if tile.kernel in ("stream", "gathered"):
         return down_stream(cfg, weights, tile, views, direct)
     if tile.kernel == "specialised":
         return down_specialised(cfg, weights, facts, tile, views)

@@ -169,7 +169,7 @@ class Tuner:
             strategies = {choice.strategy for choice in candidates[tokens]}
             for record in self._store.find(tokens, self._policy):
                 usable = record.choice.strategy in strategies
-                usable = usable and self._backend.can_run(record.choice)
+                usable = usable and self._backend.can_run(record.choice, tokens)
                 if usable and self._trusted(layer, tokens, record):
                     found[tokens] = Decision(
                         record.choice, record.source, record.us, record.default_us

@@ -4,9 +4,8 @@ The portable twins are `down/triton.py` (16-bit) and `down/int4.py`; what is wri
 order of sums, which is fixed here too.
 
 direct: one program per (token, row tiles of w2) goes through the token's experts, warps side by side, and so
-combines without atomics. grouped: one program per (block of BM sorted rows, row tiles); the combine step
-adds up. The routing, or the sort, is older than the gate/up GEMM: weights are asked for before the wait
-for h.
+combines without atomics. The routing is older than the gate/up GEMM: weights are asked for before the wait
+for h. Where a program has several rows of one expert: `down/streaming_grouped.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +16,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
-from moert.steps.streaming.copies import copy_inputs
 from moert.steps.streaming.stages import (
     add,
-    advance,
-    ask,
     ask_by_slot,
     group_sums,
     one_row,
@@ -31,7 +27,7 @@ from moert.steps.streaming.stages import (
 
 
 @gluon.jit
-def _bias(b2_ptr, expert, weight, n, S: gl.constexpr):
+def bias(b2_ptr, expert, weight, n, S: gl.constexpr):
     """weight * b2[expert, n], fp32; zero where the expert is none."""
     b = gl.load(
         b2_ptr + expert.to(gl.int64) * S.columns + n,
@@ -141,81 +137,5 @@ def down_direct_stream_kernel(
                 k_slot,
                 mine >= 0,
             )
-            total += _bias(b2_ptr, mine, its_weight, n, S)
+            total += bias(b2_ptr, mine, its_weight, n, S)
     gl.store(out, total.to(DTYPE), mask=n < S.columns)
-
-
-@gluon.jit
-def down_grouped_stream_kernel(
-    sorted_token_ids,
-    sorted_weights,
-    sorted_expert_ids,
-    num_valid_ids,
-    h_ptr,
-    w2_ptr,
-    scales_ptr,
-    zeros_ptr,
-    b2_ptr,
-    y_ptr,
-    K: gl.constexpr,
-    S: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
-    hs = gl.allocate_shared_memory(DTYPE, [S.stages, S.split, S.bm, S.width], S.swizzled)
-    tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
-    block = gl.program_id(0) // S.tiles
-    if block * S.bm >= gl.load(num_valid_ids):
-        wait_for_predecessor(PDL)
-        let_successor_start(PDL)
-        return
-    expert = gl.load(sorted_expert_ids + block)
-    e64 = expert.to(gl.int64)
-    for i in gl.static_range(S.stages - 1):
-        ask(weights, scales, zeros, i, tile, w2_ptr, scales_ptr, zeros_ptr, e64, S)
-        async_copy.commit_group()
-    sorted_rows = sorted_token_ids + block * S.bm
-    packed = gl.load(
-        sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, gl.SliceLayout(2, S.matrix)))
-    )
-    live = (packed >> 24) < K  # padding slots carry K
-    row = gl.where(live, (packed & 0xFFFFFF) * K + (packed >> 24), 0)
-    h_rows = h_ptr + row.to(gl.int64) * S.reduction
-    packed = gl.load(sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, S.out)))
-    row = (packed & 0xFFFFFF) * K + (packed >> 24)
-    out = gl.expand_dims(y_ptr + row.to(gl.int64) * S.columns, 0)
-    stored = gl.expand_dims((packed >> 24) < K, 0)
-    weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(0, S.out)))
-    wait_for_predecessor(PDL)
-    let_successor_start(PDL)
-    for i in gl.static_range(S.stages - 1):
-        copy_inputs(hs.index(i), h_rows, live, i, S)
-        async_copy.commit_group()
-    acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
-    for step in range(S.iterations):
-        acc = advance(
-            acc,
-            weights,
-            scales,
-            zeros,
-            hs,
-            step,
-            tile,
-            w2_ptr,
-            scales_ptr,
-            zeros_ptr,
-            e64,
-            h_rows,
-            live,
-            S,
-        )
-        if step % S.steps == S.steps - 1:
-            y = gl.convert_layout(gl.sum(acc, 0), S.out)
-            first = (tile + (step // S.steps) * S.row_tiles) * 16
-            n = gl.expand_dims(first + gl.arange(0, S.rows, gl.SliceLayout(1, S.out)), 1)
-            if b2_ptr is not None:
-                y += _bias(b2_ptr, expert, 1.0, n, S)
-            y = (y * gl.expand_dims(weight, 0)).to(DTYPE)
-            gl.store(out + n, y, mask=(n < S.columns) & stored)
-            acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)

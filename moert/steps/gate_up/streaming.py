@@ -2,8 +2,8 @@
 
 The portable twins are `gate_up/triton.py` (16-bit) and `gate_up/int4.py`; what is written is the same.
 
-direct: one program per (row, row tiles of w13); the row of x is staged whole.
-grouped: one program per (block of BM sorted rows, row tiles), x streamed with the weights.
+direct: one program per (row, row tiles of w13); the row of x is staged whole. Where a program has several
+rows: `gate_up/streaming_grouped.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from moert.steps.activation.triton import activate
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
-from moert.steps.streaming.copies import copy_inputs
-from moert.steps.streaming.stages import add, advance, ask, group_sums, one_row, rings, take
+from moert.steps.streaming.stages import add, ask, group_sums, one_row, rings, take
 
 
 @gluon.jit
-def _intermediate(
+def intermediate(
     r,
     expert,
     tile,
@@ -108,7 +107,7 @@ def gate_up_direct_stream_kernel(
         ask(weights, scales, zeros, nxt, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
         async_copy.commit_group()
         acc = add(acc, taken, one_row(inputs.index(step), S), sums, step, None, S)
-    n, h = _intermediate(gl.sum(acc, 0), expert, tile, b13_ptr, ACTIVATION, LIMIT, ALPHA, S)
+    n, h = intermediate(gl.sum(acc, 0), expert, tile, b13_ptr, ACTIVATION, LIMIT, ALPHA, S)
     # all columns are the same row: the first is stored
     column = gl.arange(0, S.bm, gl.SliceLayout(0, S.out))
     pointers = (
@@ -116,75 +115,3 @@ def gate_up_direct_stream_kernel(
     )
     mask = gl.expand_dims(n < S.columns, 1) & gl.expand_dims(column == 0, 0)
     gl.store(pointers, h.to(DTYPE), mask=mask)
-
-
-@gluon.jit(do_not_specialize=CALL_INTS)
-def gate_up_grouped_stream_kernel(
-    x_ptr,
-    x_stride,
-    sorted_token_ids,
-    sorted_expert_ids,
-    num_valid_ids,
-    w13_ptr,
-    scales_ptr,
-    zeros_ptr,
-    b13_ptr,
-    h_ptr,
-    K: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    LIMIT: gl.constexpr,
-    ALPHA: gl.constexpr,
-    S: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
-    xs = gl.allocate_shared_memory(DTYPE, [S.stages, S.split, S.bm, S.width], S.swizzled)
-    tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
-    block = gl.program_id(0) // S.tiles
-    wait_for_predecessor(PDL)
-    let_successor_start(PDL)
-    if block * S.bm >= gl.load(num_valid_ids):
-        return
-    expert = gl.load(sorted_expert_ids + block)
-    e64 = expert.to(gl.int64)
-    sorted_rows = sorted_token_ids + block * S.bm
-    packed = gl.load(
-        sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, gl.SliceLayout(2, S.matrix)))
-    )
-    live = (packed >> 24) < K  # padding slots carry K
-    x_rows = x_ptr + gl.where(live, packed & 0xFFFFFF, 0).to(gl.int64) * x_stride
-    for i in gl.static_range(S.stages - 1):
-        ask(weights, scales, zeros, i, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
-        copy_inputs(xs.index(i), x_rows, live, i, S)
-        async_copy.commit_group()
-    packed = gl.load(sorted_rows + gl.arange(0, S.bm, gl.SliceLayout(0, S.out)))
-    row = (packed & 0xFFFFFF) * K + (packed >> 24)
-    out = gl.expand_dims(h_ptr + row.to(gl.int64) * S.columns, 0)
-    stored = gl.expand_dims((packed >> 24) < K, 0)
-    acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
-    for step in range(S.iterations):
-        acc = advance(
-            acc,
-            weights,
-            scales,
-            zeros,
-            xs,
-            step,
-            tile,
-            w13_ptr,
-            scales_ptr,
-            zeros_ptr,
-            e64,
-            x_rows,
-            live,
-            S,
-        )
-        if step % S.steps == S.steps - 1:
-            first = tile + (step // S.steps) * S.row_tiles
-            n, h = _intermediate(
-                gl.sum(acc, 0), expert, first, b13_ptr, ACTIVATION, LIMIT, ALPHA, S
-            )
-            mask = gl.expand_dims(n < S.columns, 1) & stored
-            gl.store(out + gl.expand_dims(n, 1), h.to(DTYPE), mask=mask)
-            acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)

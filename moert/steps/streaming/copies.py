@@ -76,8 +76,10 @@ def copy_values(stage, values_ptr, expert, tile, first, live, S: gl.constexpr):
 
 
 @gluon.jit
-def copy_inputs(stage, rows_ptr, live, it, S: gl.constexpr):
-    """The columns of iteration `it` of rows [bm], which begin at `rows_ptr`, into [split, bm, width]."""
+def copy_inputs(ring, slot, rows_ptr, live, it, S: gl.constexpr):
+    """The columns of iteration `it` of rows [bm], which begin at `rows_ptr`, into [split, bm, width]: the
+    first rows of a place of the ring."""
+    stage = ring.index(slot).slice(0, S.bm, 1)
     L: gl.constexpr = S.matrix
     part = gl.arange(0, S.split, gl.SliceLayout(1, gl.SliceLayout(2, L)))
     start = ((it % S.steps) * S.split + part) * S.width

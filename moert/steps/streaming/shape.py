@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from triton.experimental.gluon import language as gl
@@ -29,6 +29,8 @@ class StreamShape:
         stages: of the ring.
         repeats: how many times `row_tiles` a program takes, one after the other.
         slots: K where a program goes through the experts of a token, 0 where it has one expert.
+        together: blocks of bm sorted rows of one expert that a program takes at a time, at most.
+        wide: how many `bm` counts: 1, but in what `taking` gives.
     """
 
     int4: bool
@@ -48,6 +50,12 @@ class StreamShape:
     stages: int
     repeats: int = 1
     slots: int = 0
+    together: int = 1
+    wide: int = 1
+
+    def taking(self, blocks: int) -> StreamShape:
+        """For rows of so many blocks."""
+        return replace(self, bm=self.bm * blocks, wide=blocks)
 
     @property
     def warps(self) -> int:
@@ -66,6 +74,15 @@ class StreamShape:
     def parts(self) -> int:
         """Groups of columns within `width` that have scales of their own."""
         return max(1, self.width // self.group) if self.int4 else 1
+
+    @property
+    def piecewise(self) -> bool:
+        """Whether rows are so many that their columns are multiplied a piece at a time."""
+        return self.bm >= 32
+
+    @property
+    def piece(self) -> int:
+        return min(BLOCK, self.group) if self.int4 else BLOCK
 
     @property
     def row_blocks(self) -> int:
@@ -112,10 +129,11 @@ class StreamShape:
         """Shared memory: the ring, and with `staged` all inputs and what is kept beside them."""
         weights = self.rows * self.width // 2 if self.int4 else self.rows * self.width * 2
         groups = self.parts * self.rows * 2 * (1 + self.zeros) if self.int4 else 0
-        inputs = 0 if staged else self.bm * self.width * 2
+        rows = self.bm * self.together
+        inputs = 0 if staged else rows * self.width * 2
         ring = self.stages * self.split * (weights + groups + inputs)
         # the parts' sums meet in shared memory at the end
-        ring += self.split * self.rows * self.bm * 4
+        ring += self.split * self.rows * rows * 4
         if not staged:
             return ring
         staged_bytes = self.staged * self.split * (self.width * 2 + 4 * self.parts)
@@ -176,6 +194,21 @@ class StreamShape:
     def table(self) -> Any:
         """A number for each part [asked, parts * split]."""
         return gl.BlockedLayout([1, 1], [32, 1], [self.warps, 1], [1, 0])
+
+    @property
+    def flat(self) -> Any:
+        """A value for each thread."""
+        return gl.BlockedLayout([1], [32], [self.warps], [0])
+
+    def padded(self, slots: int) -> int:
+        """A power of two."""
+        return 1 << (slots - 1).bit_length()
+
+    def ids(self, slots: int) -> Any:
+        """Expert ids [bm, slots], all of them in every warp."""
+        lanes = min(32, self.padded(slots))
+        held = max(1, self.bm * lanes // 32)
+        return gl.BlockedLayout([held, 1], [32 // lanes, lanes], [self.warps, 1], [1, 0])
 
     @property
     def out(self) -> Any:

@@ -32,6 +32,14 @@ def rings(DTYPE: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def input_ring(DTYPE: gl.constexpr, S: gl.constexpr):
+    """Shared memory for as many stages of rows: of the most blocks that a program takes together."""
+    return gl.allocate_shared_memory(
+        DTYPE, [S.stages, S.split, S.bm * S.together, S.width], S.swizzled
+    )
+
+
+@gluon.jit
 def ask(weights, scales, zeros, it, tile, w_ptr, scales_ptr, zeros_ptr, expert, S: gl.constexpr):
     """Ask for the weights of iteration `it` of one expert: row tiles from `tile` on, S.steps each."""
     slot = it % S.stages
@@ -120,29 +128,34 @@ def _codes(codes, part: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _added_up(x, like, COLUMNS: gl.constexpr, S: gl.constexpr):
-    """Sums of x over the columns, as `like` [split, rows, bm] wants them: the matrix unit adds them up, once
+def _sum_up(x, total, COLUMNS: gl.constexpr, S: gl.constexpr):
+    """total [split, 16, bm] + sums of x over its columns, in every row: the matrix unit adds them up, once
     for all row tiles."""
-    ones = gl.full([S.split, 16, COLUMNS], 1.0, x.dtype, S.a)
-    total = mma_v2(ones, x, gl.full([S.split, 16, x.shape[2]], 0, gl.float32, S.mma))
-    by_tile = gl.reshape(like, (S.split, S.row_tiles, 16, x.shape[2]))
+    return mma_v2(gl.full([S.split, 16, COLUMNS], 1.0, x.dtype, S.a), x, total)
+
+
+@gluon.jit
+def _no_sums(x, S: gl.constexpr):
+    return gl.full([S.split, 16, x.shape[2]], 0, gl.float32, S.mma)
+
+
+@gluon.jit
+def _for_all_tiles(total, like, S: gl.constexpr):
+    """`total` [split, 16, bm] as `like` [split, rows, bm] wants it."""
+    by_tile = gl.reshape(like, (S.split, S.row_tiles, 16, like.shape[2]))
     total = gl.convert_layout(total, gl.SliceLayout(1, by_tile.type.layout), assert_trivial=True)
     total, _ = gl.broadcast(gl.expand_dims(total, 1), by_tile)
     return gl.convert_layout(gl.reshape(total, like.shape), S.mma, assert_trivial=True)
 
 
 @gluon.jit
-def _scaled(codes, x, scale, zero, total, COLUMNS: gl.constexpr, S: gl.constexpr):
-    """scale * (code - zero point) x, [split, rows, bm] fp32, for columns of one group.
+def _scaled(product, scale, zero, total):
+    """scale * (code - zero point) x, [split, rows, bm] fp32, from the product of codes and x.
 
     Args:
         zero: what the widened codes exceed the weights by; it is taken from the product, with
-        total: the sum of x over the columns, [split, 1, 1], or None to let the matrix unit add them up.
+        total: the sum of x over the columns.
     """
-    nothing = gl.full([S.split, S.rows, x.shape[2]], 0, gl.float32, S.mma)
-    product = mma_v2(widen(codes, COLUMNS, x.dtype, S), x, nothing)
-    if total is None:
-        total = _added_up(x, product, COLUMNS, S)
     return (product - zero * total) * scale
 
 
@@ -202,8 +215,12 @@ def add(acc, taken, x, sums, it, weight, S: gl.constexpr):
                 zero = gl.expand_dims(zeros[part].to(gl.float32) + OFFSET, 2)
             else:
                 zero = 8.0 + OFFSET
-            mine = _codes(codes, part, PARTS)
-            acc += _scaled(mine, b, gl.expand_dims(factor, 2), zero, total, COLUMNS, S)
+            product = gl.full([S.split, S.rows, x.shape[2]], 0, gl.float32, S.mma)
+            product = mma_v2(widen(_codes(codes, part, PARTS), COLUMNS, x.dtype, S), b, product)
+            if total is None:
+                total = _sum_up(b, _no_sums(b, S), COLUMNS, S)
+                total = _for_all_tiles(total, product, S)
+            acc += _scaled(product, gl.expand_dims(factor, 2), zero, total)
     elif weight is None:
         acc = mma_v2(w, x, acc)
     else:
@@ -242,16 +259,66 @@ def advance(
     to what is asked for next.
 
     Args:
-        inputs: [stages, split, bm, width], the ring of rows; rows_ptr, live: as for `copy_inputs`.
+        inputs: the ring of rows; rows_ptr, live: as for `copy_inputs`.
     """
     async_copy.wait_group(S.stages - 2)
-    taken = take(weights, scales, zeros, it, S)
     nxt = it + S.stages - 1
-    x = inputs.index(it % S.stages).permute((0, 2, 1)).load(S.b)
-    ask(weights, scales, zeros, nxt, tile, w_ptr, scales_ptr, zeros_ptr, expert, S)
-    copy_inputs(inputs.index(nxt % S.stages), rows_ptr, live, nxt, S)
-    async_copy.commit_group()
-    return add(acc, taken, x, None, it, None, S)
+    if S.piecewise:
+        acc = _add_piecewise(acc, weights, scales, zeros, inputs, it, S)
+        ask(weights, scales, zeros, nxt, tile, w_ptr, scales_ptr, zeros_ptr, expert, S)
+        copy_inputs(inputs, nxt % S.stages, rows_ptr, live, nxt, S)
+        async_copy.commit_group()
+    else:
+        taken = take(weights, scales, zeros, it, S)
+        rows = inputs.index(it % S.stages).slice(0, S.bm, 1)
+        x = rows.permute((0, 2, 1)).load(S.b)
+        ask(weights, scales, zeros, nxt, tile, w_ptr, scales_ptr, zeros_ptr, expert, S)
+        copy_inputs(inputs, nxt % S.stages, rows_ptr, live, nxt, S)
+        async_copy.commit_group()
+        acc = add(acc, taken, x, None, it, None, S)
+    return acc
+
+
+@gluon.jit
+def _piece(product, total, codes, rows, PIECE: gl.constexpr, S: gl.constexpr):
+    """What a piece of the columns adds to the product of codes and rows [split, bm, width], and to their
+    sums."""
+    x = rows.slice(PIECE * S.piece, S.piece, 2).permute((0, 2, 1)).load(S.b)
+    w = widen(_codes(codes, PIECE, S.width // S.piece), S.piece, x.dtype, S)
+    return mma_v2(w, x, product), _sum_up(x, total, S.piece, S)
+
+
+@gluon.jit
+def _add_piecewise(acc, weights, scales, zeros, inputs, it, S: gl.constexpr):
+    """acc + w x of iteration `it`, a block of columns (or a group, where that is less) at a time: operands of
+    many rows in registers at once would leave room for few programs."""
+    slot = it % S.stages
+    rows = inputs.index(slot).slice(0, S.bm, 1)
+    PARTS: gl.constexpr = S.parts
+    PIECES: gl.constexpr = S.width // S.piece
+    if S.int4:
+        OFFSET: gl.constexpr = magic(inputs.dtype == gl.float16)
+        codes = weights.index(slot).load(S.codes)
+        codes = gl.reshape(codes, (S.split, S.row_tiles, S.blocks, 8, 4, 4))
+        for part in gl.static_range(PARTS):
+            product = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
+            total = gl.full([S.split, 16, S.bm], 0, gl.float32, S.mma)
+            for piece in gl.static_range(PIECES // PARTS):
+                product, total = _piece(
+                    product, total, codes, rows, part * (PIECES // PARTS) + piece, S
+                )
+            scale = gl.expand_dims(_values(scales, slot, part, S).to(gl.float32), 2)
+            zero = 8.0 + OFFSET
+            if S.zeros:
+                zero = gl.expand_dims(_values(zeros, slot, part, S).to(gl.float32) + OFFSET, 2)
+            acc += _scaled(product, scale, zero, _for_all_tiles(total, product, S))
+    else:
+        w_rows = weights.index(slot)
+        for piece in gl.static_range(PIECES):
+            x = rows.slice(piece * S.piece, S.piece, 2).permute((0, 2, 1)).load(S.b)
+            w = w_rows.slice(piece * S.piece, S.piece, 2).load(S.a)
+            acc = mma_v2(w, x, acc)
+    return acc
 
 
 @gluon.jit
