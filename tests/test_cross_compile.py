@@ -30,14 +30,18 @@ MULTIPLIED = ("grouped", "stream", "specialised")
 # what every device has to run
 PORTABLE = {
     *("routing_fwd_kernel", "gate_up_direct_kernel", "down_direct_kernel"),
-    *("sort_one_shot_kernel", "sort_count_kernel", "sort_scan_kernel", "sort_place_kernel"),
+    *("sort_one_shot_few_kernel", "sort_count_kernel", "sort_scan_kernel", "sort_place_kernel"),
     *("gate_up_grouped_kernel", "down_grouped_kernel", "combine_kernel"),
     *("gate_up_direct_int4_kernel", "down_direct_int4_kernel"),
     *("gate_up_grouped_int4_kernel", "down_grouped_int4_kernel"),
 }
 
-# what precedes a plan's kernels in a whole block: test_block_kernels.py compiles it for every device
-ELSEWHERE = {"router_logits_kernel", "router_logits_tiled_kernel", "routed_slots_kernel"}
+# what precedes a plan's kernels in a whole block: test_block_kernels.py compiles it for every device;
+# and what no plan of the quick buckets sorts by: test_sorting_kernels.py compiles it
+ELSEWHERE = {
+    *("router_logits_kernel", "router_logits_tiled_kernel", "routed_slots_kernel"),
+    "sort_one_shot_kernel",
+}
 
 
 def kernels_of_the_package() -> set[str]:

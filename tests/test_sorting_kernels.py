@@ -102,6 +102,28 @@ def test_more_tiles_than_workgroups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_sorted(buffers.rows, case, inputs)
 
 
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@interpreted
+def test_one_shot_without_few_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What more rows than a few run, on these cases too."""
+    monkeypatch.setattr(plans, "FEW_ROWS", -1)
+    inputs, buffers = make_inputs(case), poisoned(case)
+    launches = kernel_launches("one_shot", case, buffers, inputs.mask)
+    assert [launch.name for launch in launches] == ["sort_one_shot_kernel"]
+    run_interpreted(launches, launch_values(inputs), case.tokens)
+    assert_sorted(buffers.rows, case, inputs)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@interpreted
+def test_few_rows_take_all_that_fit(case: Case) -> None:
+    inputs, buffers = make_inputs(case), poisoned(case)
+    launches = kernel_launches("one_shot", case, buffers, inputs.mask)
+    assert [launch.name for launch in launches] == ["sort_one_shot_few_kernel"]
+    run_interpreted(launches, launch_values(inputs), case.tokens)
+    assert_sorted(buffers.rows, case, inputs)
+
+
 def test_padded_rows_within_int32() -> None:
     """The largest sort that is feasible keeps its positions below 2^31, padding and grid counted."""
     assert padded_rows(2**24 - 1, 64, 1024, 512) + 512 * 128 < 2**31
@@ -179,7 +201,8 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     names = re.findall(r"^(sort_\w+) (\w+)$", run.stdout, re.MULTILINE)
     assert [name for name, _ in names] == [
-        *["sort_one_shot_kernel"] * 3,
+        *["sort_one_shot_few_kernel"] * 2,
+        "sort_one_shot_kernel",
         *("sort_count_kernel", "sort_scan_kernel", "sort_place_kernel"),
     ]
     assert {fits for _, fits in names} == {"True"}
@@ -189,11 +212,17 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
         assert len(spills) == len(private) == 6
         assert {*spills, *private} == {"0"}
         return
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for cubin in tmp_path.glob("*.cubin"):
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True).stdout
+        tool = [tools / "cuobjdump", "-res-usage", cubin]
+        usage = subprocess.run(tool, capture_output=True, text=True).stdout
         assert "REG:" in usage
         assert "STACK:0" in usage and "LOCAL:0" in usage, f"{cubin.name}: {usage}"
+        if cubin.name.startswith("sort_one_shot_few"):
+            tool = [tools / "nvdisasm", "-c", cubin]
+            code = subprocess.run(tool, capture_output=True, text=True).stdout
+            # more would mean that the compiler has laid rows out otherwise than a warp to each
+            assert 2 <= code.count("BAR.SYNC") <= 4, cubin.name
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ import torch
 
 from moert.device import DeviceFacts
 from moert.launch import Launch, in_a_row
+from moert.steps.sorting.few_rows import MAX_PLACES, sort_one_shot_few_kernel
+from moert.steps.sorting.few_rows import MAX_ROWS as FEW_ROWS
 from moert.steps.sorting.layout import (
     MAX_SHARES,
     MAX_TOKENS,
@@ -139,7 +141,10 @@ def sort_launches(
     }
     masked = {"expert_mask_ptr": expert_mask}
     if strategy == "one_shot":
-        one = _one_shot(facts, tokens, top_k, {**outputs, **masked}, {**sizes, **rest})
+        few = tokens * top_k <= min(FEW_ROWS, ONE_SHOT_TILE)
+        few = few and padded_rows(tokens, top_k, num_experts, block_m) < MAX_PLACES
+        plan = _few_rows if few else _one_shot
+        one = plan(facts, tokens, top_k, {**outputs, **masked}, {**sizes, **rest})
         return in_a_row([one], dependent)
 
     def grid(rows: int) -> tuple[int, int, int]:
@@ -198,6 +203,22 @@ def _one_shot(
     return Launch(
         sort_one_shot_kernel, grid, args, constants, _warps(threads, facts), options=options
     )
+
+
+def _few_rows(
+    facts: DeviceFacts, tokens: int, top_k: int, args: dict[str, Any], sizes: dict[str, int]
+) -> Launch:
+    """One warp of 32 lanes for each row that a program places."""
+    rows = tokens * top_k
+    share = 4 if rows <= 128 else 8
+
+    def grid(rows: int) -> tuple[int, int, int]:
+        # one row more than there are
+        return min(rows, tokens) * top_k // share + 1, 1, 1
+
+    constants = {name: sizes[name] for name in ("E", "K", "BM")}
+    constants |= {"EP": max(32, sizes["EP"]), "C": max(32, _power_of_two(rows)), "SHARE": share}
+    return Launch(sort_one_shot_few_kernel, grid, args, constants, _warps(32 * share, facts))
 
 
 def _warps(threads: int, facts: DeviceFacts) -> int:

@@ -8,6 +8,8 @@ One-shot is one launch, though not one workgroup: every one counts all rows and 
 that none waits for another. On an H200 (E=128, K=8, T=64, launch included) that takes 2.0 us, one workgroup
 that places all rows 4.3 us.
 
+Few rows have a one-shot kernel of their own, `moert.steps.sorting.few_rows`.
+
 EP is E padded to a power of two. Expert -1 means no row. Integer loops with bounds from the device are
 `while` loops: the interpreter of Triton 3.6 cannot `range` over them with numpy 2.4.
 """
