@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
-from moert.steps.dependent_launch import wait_for_predecessor
+from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 
 
 @triton.jit(do_not_specialize=CALL_INTS)
@@ -30,19 +30,28 @@ def combine_kernel(
     BN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_predecessor(PDL)
     tiles_n: tl.constexpr = (H + BN - 1) // BN
     token = tl.program_id(0) // tiles_n
+    alive = token < live_tokens(num_tokens, num_valid_ptr)
+    # ids are older than the GEMMs: read before the wait, a bit a slot as far as a word reaches
+    routed = token * 0
+    for slot in tl.static_range(min(K, 31)):
+        expert = load_expert_id(ids_ptr, ids_stride, ids_words, token, slot, alive, E)
+        routed |= (expert >= 0).to(tl.int32) << slot
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     if token >= num_tokens:
         return
     n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
     inside = n < H
-    alive = token < live_tokens(num_tokens, num_valid_ptr)
     acc = tl.zeros((BN,), tl.float32)
     for slot in tl.static_range(K):
-        expert = load_expert_id(ids_ptr, ids_stride, ids_words, token, slot, alive, E)
+        if slot < 31:
+            there = ((routed >> slot) & 1) != 0
+        else:
+            there = load_expert_id(ids_ptr, ids_stride, ids_words, token, slot, alive, E) >= 0
         row = (token * K + slot).to(tl.int64)
-        y = tl.load(y_ptr + row * H + n, mask=inside & (expert >= 0), other=0.0)
+        y = tl.load(y_ptr + row * H + n, mask=inside & there, other=0.0)
         acc += y.to(tl.float32)
     out = out_ptr + token.to(tl.int64) * out_stride + n
     write = inside & (alive | (pad_zero != 0))

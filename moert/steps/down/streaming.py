@@ -79,6 +79,10 @@ def down_direct_stream_kernel(
     for i in gl.static_range(S.stages - 1):
         ask_by_slot(weights, scales, zeros, i, tile, w2_ptr, scales_ptr, zeros_ptr, by_iteration, S)
         async_copy.commit_group()
+    # the weight of an id that no expert has may be anything, NaN included
+    factor = load_routing_weight(
+        weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, token, slot, expert >= 0
+    )
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     if token >= num_tokens:
@@ -89,10 +93,6 @@ def down_direct_stream_kernel(
     if not alive:
         gl.store(out, gl.full([S.rows], 0, DTYPE, LINE), mask=(n < S.columns) & (pad_zero != 0))
         return
-    # the weight of an id that no expert has may be anything, NaN included
-    factor = load_routing_weight(
-        weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32, token, slot, expert >= 0
-    )
     factors.store(factor)
     it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
     part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))

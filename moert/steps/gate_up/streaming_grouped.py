@@ -188,10 +188,11 @@ def gate_up_grouped_stream_kernel(
     block = gl.program_id(0) // S.tiles
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
+    # loaded together; past the last block there is anything, which nobody uses
     blocks = gl.load(num_valid_ids) // S.bm
+    expert = gl.load(sorted_expert_ids + block)
     if block >= blocks:
         return
-    expert = gl.load(sorted_expert_ids + block)
     taken = 1
     if S.together > 1:
         taken = taken_blocks(sorted_expert_ids, block, blocks, expert, S)
