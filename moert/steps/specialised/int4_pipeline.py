@@ -202,9 +202,10 @@ def _ask(ring, it, w, acc, HALF: gl.constexpr, N: gl.constexpr, S: gl.constexpr)
 
 
 @gluon.jit
-def _done(w, acc):
+def _done(w, acc, N: gl.constexpr):
     """The sum of what is under way, once the weights that were widened meanwhile are in registers."""
-    _pin_arithmetic()
+    if N < 128:  # registers do not last for more: there the partitions alone work in turns
+        _pin_arithmetic()
     # w too: its registers are read until then
     acc, w = warpgroup_mma_wait(0, deps=[acc, w])
     return acc
@@ -226,24 +227,24 @@ def _multiply_single(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S:
     for _ in range((S.steps - 1) // 2):
         acc = _ask(ring, it, even, acc, 0, N, S)
         odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(even, acc)
+        acc = _done(even, acc, N)
         _give_back(ring, it, S)
         acc = _ask(ring, it + 1, odd, acc, 0, N, S)
         even, _ = _first_weights(ring, it + 2, PARTITION, N, S)
-        acc = _done(odd, acc)
+        acc = _done(odd, acc, N)
         _give_back(ring, it + 1, S)
         it += 2
     acc = _ask(ring, it, even, acc, 0, N, S)
     if S.steps % 2 == 0:
         odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(even, acc)
+        acc = _done(even, acc, N)
         _give_back(ring, it, S)
         acc = _ask(ring, it + 1, odd, acc, 0, N, S)
-        acc = _done(odd, acc)
+        acc = _done(odd, acc, N)
         _give_back(ring, it + 1, S)
         it += 2
     else:
-        acc = _done(even, acc)
+        acc = _done(even, acc, N)
         _give_back(ring, it, S)
         it += 1
     return acc, it
@@ -256,17 +257,17 @@ def _multiply_double(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S:
     for _ in range(S.steps - 1):
         acc = _ask(ring, it, even, acc, 0, N, S)
         odd = _second_weights(ring, it, values, PARTITION, N, S)
-        acc = _done(even, acc)
+        acc = _done(even, acc, N)
         acc = _ask(ring, it, odd, acc, 1, N, S)
         even, values = _first_weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(odd, acc)
+        acc = _done(odd, acc, N)
         _give_back(ring, it, S)
         it += 1
     acc = _ask(ring, it, even, acc, 0, N, S)
     odd = _second_weights(ring, it, values, PARTITION, N, S)
-    acc = _done(even, acc)
+    acc = _done(even, acc, N)
     acc = _ask(ring, it, odd, acc, 1, N, S)
-    acc = _done(odd, acc)
+    acc = _done(odd, acc, N)
     _give_back(ring, it, S)
     return acc, it + 1
 
