@@ -8,9 +8,9 @@ from triton.experimental.gluon import language as gl
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.specialised.int4_pipeline import (
     copy_int4_tiles,
-    has_more,
     make_int4_ring,
     multiply_int4_tile,
+    packed_beyond,
 )
 from moert.steps.specialised.pipeline import block_and_tile
 
@@ -64,9 +64,12 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
+    beyond_half, beyond_quarter = packed_beyond(sorted_token_ids, gl.program_id(0), blocks, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        if has_more(sorted_token_ids, block, S.half, K, S):
+        # of the next tile, there when this one is done
+        next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+        if (beyond_half >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
             )
@@ -74,7 +77,7 @@ def _multiply(
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
             )
-        elif has_more(sorted_token_ids, block, S.quarter, K, S):
+        elif (beyond_quarter >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
             )
@@ -82,6 +85,7 @@ def _multiply(
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.quarter, S
             )  # fmt: skip
+        beyond_half, beyond_quarter = next_half, next_quarter
 
 
 @gluon.jit

@@ -10,9 +10,9 @@ from moert.steps.dependent_launch import let_successor_start, wait_for_predecess
 from moert.steps.gate_up.triton import add_bias
 from moert.steps.specialised.int4_pipeline import (
     copy_int4_tiles,
-    has_more,
     make_int4_ring,
     multiply_int4_tile,
+    packed_beyond,
 )
 from moert.steps.specialised.pipeline import block_and_tile
 
@@ -78,9 +78,12 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
+    beyond_half, beyond_quarter = packed_beyond(sorted_token_ids, gl.program_id(0), blocks, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        if has_more(sorted_token_ids, block, S.half, K, S):
+        # of the next tile, there when this one is done
+        next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+        if (beyond_half >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
@@ -90,7 +93,7 @@ def _multiply(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
             )  # fmt: skip
-        elif has_more(sorted_token_ids, block, S.quarter, K, S):
+        elif (beyond_quarter >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
@@ -100,6 +103,7 @@ def _multiply(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.quarter, S,
             )  # fmt: skip
+        beyond_half, beyond_quarter = next_half, next_quarter
 
 
 @gluon.jit

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moert.steps.specialised.int4_widen import block_words, scaled_weights, step_values
-from moert.steps.specialised.pipeline import block_and_tile, input_rows
+from moert.steps.specialised.pipeline import block_and_tile, packed_rows
 
 
 @gluon.jit
@@ -107,6 +107,20 @@ def _copy_tile(
 
 
 @gluon.jit
+def piece(t, blocks, S: gl.constexpr):
+    """`block_and_tile`, of the last piece for those behind it, so that what is loaded ahead is there."""
+    blocks = gl.maximum(blocks, 1)
+    return block_and_tile(gl.minimum(t, blocks * S.tiles - 1), blocks, S)
+
+
+@gluon.jit
+def _tile_ids(sorted_token_ids, sorted_expert_ids, block, S: gl.constexpr):
+    """A block's expert and packed slots [bm]."""
+    slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
+    return gl.load(sorted_expert_ids + block), gl.load(sorted_token_ids + slots)
+
+
+@gluon.jit
 def copy_int4_tiles(
     ring,
     rows,
@@ -121,14 +135,19 @@ def copy_int4_tiles(
     sorted_token_ids, sorted_expert_ids, blocks = rows
     codes_ptr, scales_ptr, zeros_ptr = w
     it = 0
+    block, tile = piece(gl.program_id(0), blocks, S)
+    expert, packed = _tile_ids(sorted_token_ids, sorted_expert_ids, block, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        x_rows, live = input_rows(sorted_token_ids, block, x_stride, BY_TOKEN, K, S)
+        # of the next tile, there when this one's steps are copied
+        next_block, next_tile = piece(t + S.programs, blocks, S)
+        next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
+        x_rows, live = packed_rows(packed, x_stride, BY_TOKEN, K)
         first = tile * (2 * S.row_tiles)
         it = _copy_tile(
-            ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr, expert, first, S
-        )
+            ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr,
+            expert.to(gl.int64), first, S,
+        )  # fmt: skip
+        tile, expert, packed = next_tile, next_expert, next_packed
 
 
 @gluon.jit
@@ -288,6 +307,9 @@ def multiply_int4_tile(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl
 
 
 @gluon.jit
-def has_more(sorted_token_ids, block, n: gl.constexpr, K: gl.constexpr, S: gl.constexpr):
-    """Whether a block has more than n rows: padding, of slot K, comes last."""
-    return (gl.load(sorted_token_ids + block * S.bm + n) >> 24) < K
+def packed_beyond(sorted_token_ids, t, blocks, S: gl.constexpr):
+    """Packed slots of piece t's block: row S.half, the first that S.half columns have no place for, and
+    row S.quarter. Padding, of slot K, comes last."""
+    block, _ = piece(t, blocks, S)
+    first = sorted_token_ids + block * S.bm
+    return gl.load(first + S.half), gl.load(first + S.quarter)
