@@ -86,7 +86,9 @@ def test_every_tile_fits(name: str) -> None:
     found = tiles(cfg)
     assert len(found) >= 2
     for tile in found:
-        assert tile.kernel == "specialised" and tile.bk in ((64,) if cfg.quant is None else (64, 128))
+        assert tile.kernel == "specialised" and tile.bk in (
+            (64,) if cfg.quant is None else (64, 128)
+        )
         for up in (True, False):
             rows, columns = (cfg.hidden_size, cfg.intermediate_size)[:: 1 if up else -1]
             if cfg.quant is None:

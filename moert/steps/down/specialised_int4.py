@@ -10,6 +10,7 @@ from moert.steps.specialised.int4_pipeline import (
     copy_int4_tiles,
     make_int4_ring,
     multiply_int4_tile,
+    output_slots,
     packed_beyond,
 )
 from moert.steps.specialised.pipeline import block_and_tile
@@ -32,19 +33,23 @@ def _one_tile(
 ):
     """One tile of the first N rows of a block; returns the count of steps so far."""
     sorted_token_ids, sorted_expert_ids, _ = rows
+    L: gl.constexpr = S.mma(N)
+    if S.spare:
+        packed = output_slots(sorted_token_ids, block, N, S)
+        weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
     acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
-    L: gl.constexpr = acc.type.layout
+    if not S.spare:
+        packed = output_slots(sorted_token_ids, block, N, S)
+        weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
     first = (tile * 2 + PARTITION) * S.width
     if b2_ptr is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
         n = first + gl.arange(0, S.width, gl.SliceLayout(1, L))
         b = gl.load(b2_ptr + expert * S.columns + n, mask=n < S.columns, other=0.0)
         acc += gl.expand_dims(b.to(gl.float32), 1)
-    weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
     y = (acc * gl.expand_dims(weight, 0)).to(y_ptr.dtype.element_ty)
     y = gl.convert_layout(y, S.out)
     n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
-    packed = gl.load(sorted_token_ids + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out)))
     row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
     mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
     gl.store(gl.expand_dims(y_ptr + row * S.columns, 0) + n, y, mask=mask)

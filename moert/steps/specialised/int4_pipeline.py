@@ -26,7 +26,9 @@ def make_int4_ring(DTYPE: gl.constexpr, S: gl.constexpr):
     scales = gl.allocate_shared_memory(DTYPE, [STAGES, S.step_groups, 32 * S.row_tiles], S.plain(2))
     zeros = scales
     if S.zeros:
-        zeros = gl.allocate_shared_memory(DTYPE, [STAGES, S.step_groups, 32 * S.row_tiles], S.plain(2))
+        zeros = gl.allocate_shared_memory(
+            DTYPE, [STAGES, S.step_groups, 32 * S.row_tiles], S.plain(2)
+        )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -99,7 +101,9 @@ def _copy_tile(
                     k < S.reduction - (step * S.halves + half) * 64, 0
                 )
             async_copy.async_copy_global_to_shared(
-                xs.index(slot * S.halves + half), x_ptr + (step * S.halves + half) * 64 + x, has_rows
+                xs.index(slot * S.halves + half),
+                x_ptr + (step * S.halves + half) * 64 + x,
+                has_rows,
             )
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         it += 1
@@ -138,15 +142,18 @@ def copy_int4_tiles(
     block, tile = piece(gl.program_id(0), blocks, S)
     expert, packed = _tile_ids(sorted_token_ids, sorted_expert_ids, block, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        # of the next tile, there when this one's steps are copied
-        next_block, next_tile = piece(t + S.programs, blocks, S)
-        next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
+        if S.spare:  # there when this tile's steps are copied
+            next_block, next_tile = piece(t + S.programs, blocks, S)
+            next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
         x_rows, live = packed_rows(packed, x_stride, BY_TOKEN, K)
         first = tile * (2 * S.row_tiles)
         it = _copy_tile(
             ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr,
             expert.to(gl.int64), first, S,
         )  # fmt: skip
+        if not S.spare:
+            next_block, next_tile = piece(t + S.programs, blocks, S)
+            next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
         tile, expert, packed = next_tile, next_expert, next_packed
 
 
@@ -223,7 +230,7 @@ def _ask(ring, it, w, acc, HALF: gl.constexpr, N: gl.constexpr, S: gl.constexpr)
 @gluon.jit
 def _done(w, acc, N: gl.constexpr):
     """The sum of what is under way, once the weights that were widened meanwhile are in registers."""
-    if N < 128:  # registers do not last for more: there the partitions alone work in turns
+    if N < 128:  # or registers do not last: the partitions work in turns, and no more
         _pin_arithmetic()
     # w too: its registers are read until then
     acc, w = warpgroup_mma_wait(0, deps=[acc, w])
@@ -313,3 +320,9 @@ def packed_beyond(sorted_token_ids, t, blocks, S: gl.constexpr):
     block, _ = piece(t, blocks, S)
     first = sorted_token_ids + block * S.bm
     return gl.load(first + S.half), gl.load(first + S.quarter)
+
+
+@gluon.jit
+def output_slots(sorted_token_ids, block, N: gl.constexpr, S: gl.constexpr):
+    """Packed slots [N] of a block, as they are needed to store results."""
+    return gl.load(sorted_token_ids + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out)))

@@ -119,6 +119,11 @@ class SpecialisedInt4Shape:
     def quarter(self) -> int:
         return max(16, self.bm // 4)
 
+    @property
+    def spare(self) -> bool:
+        """Whether registers are left for what is loaded ahead of all products of a tile."""
+        return self.warps == 4 and self.bm < 128
+
     def mma(self, n: int) -> Any:
         """Accumulators [row_tiles * 16, n] of one partition; row tiles go round its warps."""
         return gl.NVMMADistributedLayout([3, 0], [self.warps, 1], [16, n, 16])
