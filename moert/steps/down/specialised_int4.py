@@ -36,17 +36,16 @@ def _one_tile(
     L: gl.constexpr = S.mma(N)
     if S.spare:
         packed = output_slots(sorted_token_ids, block, N, S)
-        weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
     acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
     if not S.spare:
         packed = output_slots(sorted_token_ids, block, N, S)
-        weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
     first = (tile * 2 + PARTITION) * S.width
     if b2_ptr is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
         n = first + gl.arange(0, S.width, gl.SliceLayout(1, L))
         b = gl.load(b2_ptr + expert * S.columns + n, mask=n < S.columns, other=0.0)
         acc += gl.expand_dims(b.to(gl.float32), 1)
+    weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
     y = (acc * gl.expand_dims(weight, 0)).to(y_ptr.dtype.element_ty)
     y = gl.convert_layout(y, S.out)
     n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
