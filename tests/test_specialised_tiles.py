@@ -86,7 +86,9 @@ def test_every_tile_fits(name: str) -> None:
     found = tiles(cfg)
     assert len(found) >= 2
     for tile in found:
-        assert tile.kernel == "specialised" and tile.bk == 64
+        assert tile.kernel == "specialised" and tile.bk in (
+            (64,) if cfg.quant is None else (64, 128)
+        )
         for up in (True, False):
             rows, columns = (cfg.hidden_size, cfg.intermediate_size)[:: 1 if up else -1]
             if cfg.quant is None:
@@ -95,14 +97,15 @@ def test_every_tile_fits(name: str) -> None:
                 assert tile.bm in (64, 128) and width * (1 + shape.paired) == tile.bn
             else:
                 int4 = specialised_int4_shape(cfg, H200, tile, up=up)
-                shape, width, steps = int4, 2 * int4.width, int4.row_blocks
+                shape, width, steps = int4, 2 * int4.width, int4.steps
                 assert int4.quarter <= int4.half <= int4.bm == tile.bm
                 assert min(int4.quarter, int4.bm) >= 16
-                # a partition's row tiles go round its warps, a step's scales are of one or two groups
+                # a partition's row tiles go round its warps, a block's scales are of one or two groups
                 assert int4.row_tiles % int4.warps == 0 and int4.parts in (1, 2)
                 assert int4.parts * int4.group == 64 or int4.group >= 64
+                assert int4.step_groups * int4.group == tile.bk or int4.group >= tile.bk
             assert (shape.tiles - 1) * width < columns <= shape.tiles * width
-            assert (steps - 1) * 64 < rows <= steps * 64
+            assert (steps - 1) * tile.bk < rows <= steps * tile.bk
             assert shape.shared_bytes <= H200.shared_memory
             assert shape.programs == H200.compute_units
 
@@ -198,7 +201,7 @@ def test_a_plan_for_other_weights_runs_portable_kernels() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"bk": 128}, {"num_warps": 16}, {"bm": 16}, {"bn": 512}, {"num_stages": 40}],
+    [{"bk": 256}, {"num_warps": 16}, {"bm": 16}, {"bn": 512}, {"num_stages": 40}],
     ids=str,
 )
 def test_tiles_that_no_kernel_is_written_for(change: dict[str, int]) -> None:

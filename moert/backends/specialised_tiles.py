@@ -25,10 +25,19 @@ LEAST_MEAN = 24
 DEFAULT_MEAN = 96
 LEAST_INT4_MEAN = 6
 DEFAULT_INT4_MEAN = 24
+# columns of a step of int4 weights that waits at half as many barriers
+LONG_STEP = 2 * STEP
 # BM, BN, warps, stages
 _TILES = ((128, 256, 8, 4), (128, 128, 8, 6), (64, 256, 8, 5))
-# BM, warps of each of two multiplying partitions, stages
-_INT4_TILES = ((32, 8, 6), (64, 4, 6), (128, 4, 6), (128, 4, 4))
+# BM, BK, warps of each of two multiplying partitions, stages; 128 rows of long steps spill a register or two
+_INT4_TILES = (
+    (32, 64, 8, 6),
+    (32, 128, 4, 6),
+    (64, 64, 4, 6),
+    (64, 128, 4, 6),
+    (128, 64, 4, 6),
+    (128, 64, 4, 4),
+)
 
 
 def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
@@ -67,20 +76,28 @@ def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
         for bm, bn, warps, stages in _TILES:
             yield Tile(bm, bn, STEP, warps, stages, "specialised")
         return
-    for bm, warps, stages in _INT4_TILES:
-        # with scales for less than two steps, a register or two of the tallest would spill
-        if bm < 128 or cfg.quant.group_size == -1 or cfg.quant.group_size % 128 == 0:
-            yield Tile(bm, ROW_TILES * ROWS, STEP, warps, stages, "specialised")
+    for bm, bk, warps, stages in _INT4_TILES:
+        # with scales for less than two blocks, a register or two of the tallest would spill
+        whole = cfg.quant.group_size == -1 or cfg.quant.group_size % LONG_STEP == 0
+        if (bm < 128 or whole) and bk in _steps(cfg.quant.group_size):
+            yield Tile(bm, ROW_TILES * ROWS, bk, warps, stages, "specialised")
+
+
+def _steps(group_size: int) -> tuple[int, ...]:
+    """Columns of an int4 step: groups fill it, or it lies within one."""
+    whole = group_size == -1 or group_size % LONG_STEP == 0 or LONG_STEP % group_size == 0
+    return (STEP, LONG_STEP) if whole else (STEP,)
 
 
 def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
     """Whether a tile is one that the kernels are written for, and the device has the shared memory."""
-    known = tile.kernel == "specialised" and tile.bk == STEP and refuses(cfg, facts) is None
+    known = tile.kernel == "specialised" and refuses(cfg, facts) is None
     if cfg.quant is None:
         known &= tile.bm in (64, 128) and tile.bn in (128, 256) and tile.num_warps == 8
+        known &= tile.bk == STEP
     else:
         known &= tile.bm in (32, 64, 128) and tile.bn == ROW_TILES * ROWS
-        known &= tile.num_warps in (4, 8)
+        known &= tile.num_warps in (4, 8) and tile.bk in _steps(cfg.quant.group_size)
     if not known:
         return False
     for up in (True, False):
@@ -138,6 +155,7 @@ def specialised_int4_shape(
         columns=columns,
         paired=up and cfg.gated,
         bm=tile.bm,
+        step=tile.bk,
         warps=tile.num_warps,
         stages=tile.num_stages,
         side=SIDE,

@@ -8,9 +8,10 @@ from triton.experimental.gluon import language as gl
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.specialised.int4_pipeline import (
     copy_int4_tiles,
-    has_more,
     make_int4_ring,
     multiply_int4_tile,
+    output_slots,
+    packed_beyond,
 )
 from moert.steps.specialised.pipeline import block_and_tile
 
@@ -32,8 +33,12 @@ def _one_tile(
 ):
     """One tile of the first N rows of a block; returns the count of steps so far."""
     sorted_token_ids, sorted_expert_ids, _ = rows
+    L: gl.constexpr = S.mma(N)
+    if S.spare:
+        packed = output_slots(sorted_token_ids, block, N, S)
     acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
-    L: gl.constexpr = acc.type.layout
+    if not S.spare:
+        packed = output_slots(sorted_token_ids, block, N, S)
     first = (tile * 2 + PARTITION) * S.width
     if b2_ptr is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
@@ -44,7 +49,6 @@ def _one_tile(
     y = (acc * gl.expand_dims(weight, 0)).to(y_ptr.dtype.element_ty)
     y = gl.convert_layout(y, S.out)
     n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
-    packed = gl.load(sorted_token_ids + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out)))
     row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
     mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
     gl.store(gl.expand_dims(y_ptr + row * S.columns, 0) + n, y, mask=mask)
@@ -64,9 +68,12 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
+    beyond_half, beyond_quarter = packed_beyond(sorted_token_ids, gl.program_id(0), blocks, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        if has_more(sorted_token_ids, block, S.half, K, S):
+        # of the next tile, there when this one is done
+        next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+        if (beyond_half >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
             )
@@ -74,7 +81,7 @@ def _multiply(
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
             )
-        elif has_more(sorted_token_ids, block, S.quarter, K, S):
+        elif (beyond_quarter >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
             )
@@ -82,6 +89,7 @@ def _multiply(
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.quarter, S
             )  # fmt: skip
+        beyond_half, beyond_quarter = next_half, next_quarter
 
 
 @gluon.jit

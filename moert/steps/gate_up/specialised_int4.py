@@ -10,9 +10,10 @@ from moert.steps.dependent_launch import let_successor_start, wait_for_predecess
 from moert.steps.gate_up.triton import add_bias
 from moert.steps.specialised.int4_pipeline import (
     copy_int4_tiles,
-    has_more,
     make_int4_ring,
     multiply_int4_tile,
+    output_slots,
+    packed_beyond,
 )
 from moert.steps.specialised.pipeline import block_and_tile
 
@@ -36,7 +37,11 @@ def _one_tile(
 ):
     """One tile of the first N rows of a block; returns the count of steps so far."""
     sorted_token_ids, sorted_expert_ids, _ = rows
+    if S.spare:
+        packed = output_slots(sorted_token_ids, block, N, S)
     acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
+    if not S.spare:
+        packed = output_slots(sorted_token_ids, block, N, S)
     if S.paired:
         halves = gl.reshape(acc, (S.row_tiles, 2, 8, N))
         gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
@@ -55,8 +60,6 @@ def _one_tile(
     h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA).to(h_ptr.dtype.element_ty)
     h = gl.convert_layout(h, S.out)
     n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
-    slots = block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out))
-    packed = gl.load(sorted_token_ids + slots)
     row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
     mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
     gl.store(gl.expand_dims(h_ptr + row * S.columns, 0) + n, h, mask=mask)
@@ -78,9 +81,12 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
+    beyond_half, beyond_quarter = packed_beyond(sorted_token_ids, gl.program_id(0), blocks, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        if has_more(sorted_token_ids, block, S.half, K, S):
+        # of the next tile, there when this one is done
+        next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+        if (beyond_half >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
@@ -90,7 +96,7 @@ def _multiply(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
             )  # fmt: skip
-        elif has_more(sorted_token_ids, block, S.quarter, K, S):
+        elif (beyond_quarter >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
@@ -100,6 +106,7 @@ def _multiply(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.quarter, S,
             )  # fmt: skip
+        beyond_half, beyond_quarter = next_half, next_quarter
 
 
 @gluon.jit

@@ -36,8 +36,14 @@ above: 944 for 876); eight warps a partition instead of four on blocks of 64 and
 portable kernel with gate and up in one product of 256 columns and four stages (16 bits, T=512: 1075 for
 1171 of its own, no more than level).
 
-Two ways with the registers of `wgmma` (ptxas of CUDA 12.8): a loop that widens the next step into a
+Steps of int4 weights are of 64 columns or, with half the barriers, of two times 64, the second of which is
+widened with the scales of the first where a group has both.
+
+Ways with the registers of `wgmma` (ptxas of CUDA 12.8): a loop that widens the next step into a
 variable that is the current one in the next iteration is compiled to one instruction at a time, each waited
 for (ptxas note C7513, "serialized"), 20% slower at T=4096 than without overlap; two variables in turn, two
-steps an iteration, are not.
+steps an iteration, are not. A wait that leaves the newest product under way, with widening after it, is. And
+arithmetic that the source has before a wait is moved behind it, so that nothing overlaps within a partition,
+unless a branch stands between: int4 kernels have one that is never taken, where the instruction has less than
+128 columns and registers last for both.
 """

@@ -12,20 +12,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moert.steps.specialised.int4_widen import scaled_weights
-from moert.steps.specialised.pipeline import block_and_tile, input_rows
+from moert.steps.specialised.int4_widen import block_words, scaled_weights, step_values
+from moert.steps.specialised.pipeline import block_and_tile, packed_rows
 
 
 @gluon.jit
 def make_int4_ring(DTYPE: gl.constexpr, S: gl.constexpr):
     """Stages of rows, codes, scales and zero points, and barriers that say which are full, which empty."""
     STAGES: gl.constexpr = S.stages
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, S.bm, 64], S.swizzled)
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * S.row_tiles, 32, 4], S.plain(3))
-    scales = gl.allocate_shared_memory(DTYPE, [STAGES, S.parts, 32 * S.row_tiles], S.plain(2))
+    BLOCKS: gl.constexpr = S.stages * S.halves
+    xs = gl.allocate_shared_memory(DTYPE, [BLOCKS, S.bm, 64], S.swizzled)
+    codes = gl.allocate_shared_memory(gl.int32, [BLOCKS, 2 * S.row_tiles, 32, 4], S.plain(3))
+    scales = gl.allocate_shared_memory(DTYPE, [STAGES, S.step_groups, 32 * S.row_tiles], S.plain(2))
     zeros = scales
     if S.zeros:
-        zeros = gl.allocate_shared_memory(DTYPE, [STAGES, S.parts, 32 * S.row_tiles], S.plain(2))
+        zeros = gl.allocate_shared_memory(
+            DTYPE, [STAGES, S.step_groups, 32 * S.row_tiles], S.plain(2)
+        )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -59,7 +62,7 @@ def _copy_tile(
     words = gl.expand_dims(gl.expand_dims(t * (S.row_blocks * 128), 1), 2) + inner
     has_words = gl.expand_dims(gl.expand_dims(t < S.all_tiles, 1), 2) & (inner >= 0)
     V: gl.constexpr = S.copy_values
-    part = gl.arange(0, S.parts, gl.SliceLayout(1, V))
+    part = gl.arange(0, S.step_groups, gl.SliceLayout(1, V))
     r = gl.arange(0, 32 * S.row_tiles, gl.SliceLayout(0, V))
     value_tile = tile + r // 16
     before = expert * (S.all_tiles * S.groups * 16)
@@ -69,13 +72,20 @@ def _copy_tile(
     X: gl.constexpr = S.copies
     k = gl.arange(0, 64, gl.SliceLayout(0, X))
     x = gl.expand_dims(x_rows, 1) + gl.expand_dims(k, 0)
-    for step in range(S.row_blocks):
+    HALVES: gl.constexpr = S.halves
+    for step in range(S.steps):
         slot = it % S.stages
         mbarrier.wait(empty.index(slot), ((it // S.stages) & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(
-            codes.index(slot), codes_ptr + step * 128 + words, has_words
-        )
-        group = (step * 64) // S.group
+        for half in gl.static_range(HALVES):
+            has_block = has_words
+            if S.row_blocks % S.halves != 0:
+                has_block = has_words & (step * S.halves + half < S.row_blocks)
+            async_copy.async_copy_global_to_shared(
+                codes.index(slot * S.halves + half),
+                codes_ptr + (step * S.halves + half) * 128 + words,
+                has_block,
+            )
+        group = (step * S.step) // S.group
         has_values = has_tile & gl.expand_dims(group + part < S.groups, 1)
         async_copy.async_copy_global_to_shared(
             scales.index(slot), scales_ptr + (before + group * 16) + offset, has_values
@@ -84,13 +94,34 @@ def _copy_tile(
             async_copy.async_copy_global_to_shared(
                 zeros.index(slot), zeros_ptr + (before + group * 16) + offset, has_values
             )
-        has_rows = gl.expand_dims(live, 1)
-        if S.reduction % 64 != 0:
-            has_rows = has_rows & gl.expand_dims(k < S.reduction - step * 64, 0)
-        async_copy.async_copy_global_to_shared(xs.index(slot), x_ptr + step * 64 + x, has_rows)
+        for half in gl.static_range(HALVES):
+            has_rows = gl.expand_dims(live, 1)
+            if S.reduction % S.step != 0:
+                has_rows = has_rows & gl.expand_dims(
+                    k < S.reduction - (step * S.halves + half) * 64, 0
+                )
+            async_copy.async_copy_global_to_shared(
+                xs.index(slot * S.halves + half),
+                x_ptr + (step * S.halves + half) * 64 + x,
+                has_rows,
+            )
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         it += 1
     return it
+
+
+@gluon.jit
+def piece(t, blocks, S: gl.constexpr):
+    """`block_and_tile`, of the last piece for those behind it, so that what is loaded ahead is there."""
+    blocks = gl.maximum(blocks, 1)
+    return block_and_tile(gl.minimum(t, blocks * S.tiles - 1), blocks, S)
+
+
+@gluon.jit
+def _tile_ids(sorted_token_ids, sorted_expert_ids, block, S: gl.constexpr):
+    """A block's expert and packed slots [bm]."""
+    slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
+    return gl.load(sorted_expert_ids + block), gl.load(sorted_token_ids + slots)
 
 
 @gluon.jit
@@ -108,84 +139,190 @@ def copy_int4_tiles(
     sorted_token_ids, sorted_expert_ids, blocks = rows
     codes_ptr, scales_ptr, zeros_ptr = w
     it = 0
+    block, tile = piece(gl.program_id(0), blocks, S)
+    expert, packed = _tile_ids(sorted_token_ids, sorted_expert_ids, block, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        x_rows, live = input_rows(sorted_token_ids, block, x_stride, BY_TOKEN, K, S)
+        if S.spare:  # there when this tile's steps are copied
+            next_block, next_tile = piece(t + S.programs, blocks, S)
+            next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
+        x_rows, live = packed_rows(packed, x_stride, BY_TOKEN, K)
         first = tile * (2 * S.row_tiles)
         it = _copy_tile(
-            ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr, expert, first, S
-        )
+            ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr,
+            expert.to(gl.int64), first, S,
+        )  # fmt: skip
+        if not S.spare:
+            next_block, next_tile = piece(t + S.programs, blocks, S)
+            next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
+        tile, expert, packed = next_tile, next_expert, next_packed
 
 
 @gluon.jit
-def _weights(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
-    """This partition's weights of step `it`, once they are there."""
-    xs, codes, scales, zeros, full, _ = ring
-    slot = it % S.stages
-    mbarrier.wait(full.index(slot), (it // S.stages) & 1)
-    mine = codes.index(slot).slice(PARTITION * S.row_tiles, S.row_tiles, 0).load(S.codes)
-    PARTS: gl.constexpr = S.stages * S.parts * 2
-    by_tile = scales._reinterpret(scales.dtype, [PARTS, S.row_tiles, 16], S.plain(2))
-    zeros_by_tile = zeros._reinterpret(scales.dtype, [PARTS, S.row_tiles, 16], S.plain(2))
-    at = slot * (S.parts * 2) + PARTITION
-    return scaled_weights(mine, by_tile, zeros_by_tile, at, xs.dtype, N, S)
+def _pin_arithmetic():
+    """A branch never taken: ptxas moves arithmetic below a wait for the matrix unit, but past no branch."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred never; mov.u32 $0, %nctaid.z; setp.eq.u32 never, $0, 77777; "
+        "again: @never nanosleep.u32 20; @never bra again; }",
+        "=r",
+        [],
+        gl.int32,
+        False,
+        1,
+    )
 
 
 @gluon.jit
-def _ask(ring, it, w, acc, N: gl.constexpr, S: gl.constexpr):
-    """acc + w x^T of step `it`, under way when this returns."""
-    xs, _, _, _, _, _ = ring
-    # the copies wrote through the generic proxy
+def _await_copies(ring, it, S: gl.constexpr):
+    """Step `it` is there, for the matrix unit too: the copies wrote through the generic proxy."""
+    _, _, _, _, full, _ = ring
+    mbarrier.wait(full.index(it % S.stages), (it // S.stages) & 1)
     fence_async_shared()
-    x = xs.index(it % S.stages).slice(0, N, 0).permute((1, 0))
+
+
+@gluon.jit
+def _words(ring, it, HALF: gl.constexpr, PARTITION: gl.constexpr, S: gl.constexpr):
+    """This partition's codes of a block of step `it`."""
+    _, codes, _, _, _, _ = ring
+    block = codes.index((it % S.stages) * S.halves + HALF)
+    return block_words(block.slice(PARTITION * S.row_tiles, S.row_tiles, 0).load(S.codes), S)
+
+
+@gluon.jit
+def _values(ring, it, words, HALF: gl.constexpr, PARTITION: gl.constexpr, S: gl.constexpr):
+    """Scales and offsets of a block of step `it`, or of both where they share a group."""
+    xs, _, scales, zeros, _, _ = ring
+    GROUPS: gl.constexpr = S.stages * S.step_groups * 2
+    by_tile = scales._reinterpret(scales.dtype, [GROUPS, S.row_tiles, 16], S.plain(2))
+    zeros_by_tile = zeros._reinterpret(scales.dtype, [GROUPS, S.row_tiles, 16], S.plain(2))
+    FIRST: gl.constexpr = 2 * S.parts * HALF + PARTITION
+    at = (it % S.stages) * (S.step_groups * 2) + FIRST
+    return step_values(by_tile, zeros_by_tile, at, words, xs.dtype, S)
+
+
+@gluon.jit
+def _first_weights(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """This partition's weights of the first block of step `it`, once they are there, and their values."""
+    xs, _, _, _, _, _ = ring
+    _await_copies(ring, it, S)
+    words = _words(ring, it, 0, PARTITION, S)
+    values = _values(ring, it, words, 0, PARTITION, S)
+    return scaled_weights(words, values, xs.dtype, N, S), values
+
+
+@gluon.jit
+def _second_weights(ring, it, values, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """Of the second block; values: of the first."""
+    xs, _, _, _, _, _ = ring
+    words = _words(ring, it, 1, PARTITION, S)
+    if S.step_groups > 1:
+        values = _values(ring, it, words, 1, PARTITION, S)
+    return scaled_weights(words, values, xs.dtype, N, S)
+
+
+@gluon.jit
+def _ask(ring, it, w, acc, HALF: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """acc + w x^T of a block of step `it`, under way when this returns."""
+    xs, _, _, _, _, _ = ring
+    x = xs.index((it % S.stages) * S.halves + HALF).slice(0, N, 0).permute((1, 0))
     return warpgroup_mma(w, x, acc, is_async=True)
 
 
 @gluon.jit
-def _done(ring, it, w, acc, S: gl.constexpr):
-    """The sum of what is under way; the place of step `it` in the ring is free again."""
-    _, _, _, _, _, empty = ring
+def _done(w, acc, N: gl.constexpr):
+    """The sum of what is under way, once the weights that were widened meanwhile are in registers."""
+    if N < 128:  # or registers do not last: the partitions work in turns, and no more
+        _pin_arithmetic()
     # w too: its registers are read until then
     acc, w = warpgroup_mma_wait(0, deps=[acc, w])
+    return acc
+
+
+@gluon.jit
+def _give_back(ring, it, S: gl.constexpr):
+    """The place of step `it` in the ring is free again."""
+    _, _, _, _, _, empty = ring
     # each thread for itself, at once: it has no copies under way, and what it read of the stage has been used
     # by the product that it waited for
     async_copy.mbarrier_arrive(empty.index(it % S.stages), increment_count=False)
-    return acc
+
+
+@gluon.jit
+def _multiply_single(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """`multiply_int4_tile` where a step is one block."""
+    even, _ = _first_weights(ring, it, PARTITION, N, S)
+    for _ in range((S.steps - 1) // 2):
+        acc = _ask(ring, it, even, acc, 0, N, S)
+        odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
+        acc = _done(even, acc, N)
+        _give_back(ring, it, S)
+        acc = _ask(ring, it + 1, odd, acc, 0, N, S)
+        even, _ = _first_weights(ring, it + 2, PARTITION, N, S)
+        acc = _done(odd, acc, N)
+        _give_back(ring, it + 1, S)
+        it += 2
+    acc = _ask(ring, it, even, acc, 0, N, S)
+    if S.steps % 2 == 0:
+        odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
+        acc = _done(even, acc, N)
+        _give_back(ring, it, S)
+        acc = _ask(ring, it + 1, odd, acc, 0, N, S)
+        acc = _done(odd, acc, N)
+        _give_back(ring, it + 1, S)
+        it += 2
+    else:
+        acc = _done(even, acc, N)
+        _give_back(ring, it, S)
+        it += 1
+    return acc, it
+
+
+@gluon.jit
+def _multiply_double(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """`multiply_int4_tile` where a step is two blocks."""
+    even, values = _first_weights(ring, it, PARTITION, N, S)
+    for _ in range(S.steps - 1):
+        acc = _ask(ring, it, even, acc, 0, N, S)
+        odd = _second_weights(ring, it, values, PARTITION, N, S)
+        acc = _done(even, acc, N)
+        acc = _ask(ring, it, odd, acc, 1, N, S)
+        even, values = _first_weights(ring, it + 1, PARTITION, N, S)
+        acc = _done(odd, acc, N)
+        _give_back(ring, it, S)
+        it += 1
+    acc = _ask(ring, it, even, acc, 0, N, S)
+    odd = _second_weights(ring, it, values, PARTITION, N, S)
+    acc = _done(even, acc, N)
+    acc = _ask(ring, it, odd, acc, 1, N, S)
+    acc = _done(odd, acc, N)
+    _give_back(ring, it, S)
+    return acc, it + 1
 
 
 @gluon.jit
 def multiply_int4_tile(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
     """w x^T [row_tiles * 16, N] fp32 of this partition's half of a tile, and the count of steps so far.
 
-    The weights of a step are widened while the matrix unit works on those of the step before, two steps an
+    The weights of a block are widened while the matrix unit works on those of the block before, two blocks an
     iteration: see the package's docstring.
     """
     acc = gl.full([S.row_tiles * 16, N], 0, gl.float32, S.mma(N))
-    even = _weights(ring, it, PARTITION, N, S)
-    for _ in range((S.row_blocks - 1) // 2):
-        acc = _ask(ring, it, even, acc, N, S)
-        odd = _weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(ring, it, even, acc, S)
-        acc = _ask(ring, it + 1, odd, acc, N, S)
-        even = _weights(ring, it + 2, PARTITION, N, S)
-        acc = _done(ring, it + 1, odd, acc, S)
-        it += 2
-    if S.row_blocks % 2 == 0:
-        acc = _ask(ring, it, even, acc, N, S)
-        odd = _weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(ring, it, even, acc, S)
-        acc = _ask(ring, it + 1, odd, acc, N, S)
-        acc = _done(ring, it + 1, odd, acc, S)
-        it += 2
+    if S.halves == 2:
+        acc, it = _multiply_double(ring, it, acc, PARTITION, N, S)
     else:
-        acc = _ask(ring, it, even, acc, N, S)
-        acc = _done(ring, it, even, acc, S)
-        it += 1
+        acc, it = _multiply_single(ring, it, acc, PARTITION, N, S)
     return acc, it
 
 
 @gluon.jit
-def has_more(sorted_token_ids, block, n: gl.constexpr, K: gl.constexpr, S: gl.constexpr):
-    """Whether a block has more than n rows: padding, of slot K, comes last."""
-    return (gl.load(sorted_token_ids + block * S.bm + n) >> 24) < K
+def packed_beyond(sorted_token_ids, t, blocks, S: gl.constexpr):
+    """Packed slots of piece t's block: row S.half, the first that S.half columns have no place for, and
+    row S.quarter. Padding, of slot K, comes last."""
+    block, _ = piece(t, blocks, S)
+    first = sorted_token_ids + block * S.bm
+    return gl.load(first + S.half), gl.load(first + S.quarter)
+
+
+@gluon.jit
+def output_slots(sorted_token_ids, block, N: gl.constexpr, S: gl.constexpr):
+    """Packed slots [N] of a block, as they are needed to store results."""
+    return gl.load(sorted_token_ids + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out)))

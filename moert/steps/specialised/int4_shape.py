@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from moert.steps.specialised.shape import COPY_WARPS
 
-BLOCK = 64  # columns of a block, `moert/quantization/int4_layout.py`; a stage holds one
+BLOCK = 64  # columns of a block, `moert/quantization/int4_layout.py`; a stage holds one or two
 ROW_TILES = 16  # of a program, half of them each multiplying partition's
 ROWS = 16  # of a row tile
 
@@ -25,6 +25,7 @@ class SpecialisedInt4Shape:
         columns: columns of the output, N.
         paired: output columns have a gate and an up row of the weights.
         bm: rows of inputs, the instruction's columns at most: 32 to 128.
+        step: columns of a stage, one block or two.
         warps: of each of the two multiplying partitions, 4 or 8.
         stages: of the ring.
         side: blocks that go through the tiles side by side.
@@ -37,6 +38,7 @@ class SpecialisedInt4Shape:
     columns: int
     paired: bool
     bm: int
+    step: int
     warps: int
     stages: int
     side: int
@@ -44,8 +46,18 @@ class SpecialisedInt4Shape:
 
     @property
     def row_blocks(self) -> int:
-        """KT, blocks of a row: steps of a tile."""
+        """KT, blocks of a row."""
         return -(-self.reduction // BLOCK)
+
+    @property
+    def steps(self) -> int:
+        """Of a tile."""
+        return -(-self.reduction // self.step)
+
+    @property
+    def halves(self) -> int:
+        """Blocks of a step."""
+        return self.step // BLOCK
 
     @property
     def groups(self) -> int:
@@ -58,11 +70,16 @@ class SpecialisedInt4Shape:
         return max(1, BLOCK // self.group)
 
     @property
+    def step_groups(self) -> int:
+        """Groups within a step."""
+        return max(1, self.step // self.group)
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory: the ring, its barriers, and what results pass through on their way out."""
-        codes = 2 * self.row_tiles * ROWS * BLOCK // 2
-        values = 2 * self.row_tiles * ROWS * 2 * self.parts * (1 + self.zeros)
-        ring = self.stages * (codes + values + self.bm * BLOCK * 2 + 16)
+        codes = 2 * self.row_tiles * ROWS * self.step // 2
+        values = 2 * self.row_tiles * ROWS * 2 * self.step_groups * (1 + self.zeros)
+        ring = self.stages * (codes + values + self.bm * self.step * 2 + 16)
         return ring + 2048 * self.warps + 256
 
     @property
@@ -102,6 +119,11 @@ class SpecialisedInt4Shape:
     def quarter(self) -> int:
         return max(16, self.bm // 4)
 
+    @property
+    def spare(self) -> bool:
+        """Whether registers are left for what is loaded ahead of all products of a tile."""
+        return self.warps == 4 and self.bm < 128
+
     def mma(self, n: int) -> Any:
         """Accumulators [row_tiles * 16, n] of one partition; row tiles go round its warps."""
         return gl.NVMMADistributedLayout([3, 0], [self.warps, 1], [16, n, 16])
@@ -111,12 +133,12 @@ class SpecialisedInt4Shape:
 
     @property
     def codes(self) -> Any:
-        """A partition's codes [row_tiles, 32, 4] of a step: a lane has 16 bytes of each of its row tiles."""
+        """A partition's codes [row_tiles, 32, 4] of a block: a lane has 16 bytes of each of its row tiles."""
         return gl.BlockedLayout([1, 1, 4], [1, 32, 1], [self.warps, 1, 1], [2, 1, 0])
 
     @property
     def copy_codes(self) -> Any:
-        """All codes [2 * row_tiles, 32, 4] of a step, by the copying warps."""
+        """All codes [2 * row_tiles, 32, 4] of a block, by the copying warps."""
         return gl.BlockedLayout([1, 1, 4], [1, 32, 1], [COPY_WARPS, 1, 1], [2, 1, 0])
 
     @property
@@ -126,7 +148,7 @@ class SpecialisedInt4Shape:
 
     @property
     def copy_values(self) -> Any:
-        """Scales or zero points [parts, 32 * row_tiles], copied 4 bytes a lane."""
+        """Scales or zero points [step_groups, 32 * row_tiles], copied 4 bytes a lane."""
         return gl.BlockedLayout([1, 2], [1, 32], [1, COPY_WARPS], [1, 0])
 
     @property

@@ -65,20 +65,37 @@ def _offsets(zeros, at, v1: gl.constexpr, words, FP16: gl.constexpr, S: gl.const
 
 
 @gluon.jit
-def scaled_weights(codes, scales, zeros, at, DTYPE: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
-    """(code - zero point) * scale of one step, [row_tiles * 16, 64] of DTYPE, as the first operand.
+def step_values(scales, zeros, at, words, DTYPE: gl.constexpr, S: gl.constexpr):
+    """What the words of a block are widened with: scales of rows g and 8 + g, offsets of both, each twice.
 
     Args:
-        codes: [row_tiles, 32, 4] int32 of the layout S.codes.
         scales, zeros, at: as for `_of_words`.
-        N: columns of the instruction.
+        words: [row_tiles, 8, 4, 4], of `block_words`.
     """
     FP16: gl.constexpr = gl.float16 == DTYPE
-    words = gl.reshape(codes, (S.row_tiles, 8, 4, 4))
     s0 = _twice(_of_words(scales, at, 0, words, S))
     s1 = _twice(_of_words(scales, at, 1, words, S))
     z0 = _offsets(zeros, at, 0, words, FP16, S)
     z1 = _offsets(zeros, at, 1, words, FP16, S)
+    return s0, s1, z0, z1
+
+
+@gluon.jit
+def block_words(codes, S: gl.constexpr):
+    """Codes [row_tiles, 32, 4] int32 of the layout S.codes as [row_tiles, 8, 4, 4]."""
+    return gl.reshape(codes, (S.row_tiles, 8, 4, 4))
+
+
+@gluon.jit
+def scaled_weights(words, values, DTYPE: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """(code - zero point) * scale of one block, [row_tiles * 16, 64] of DTYPE, as the first operand.
+
+    Args:
+        words: of `block_words`; values: of `step_values`.
+        N: columns of the instruction.
+    """
+    FP16: gl.constexpr = gl.float16 == DTYPE
+    s0, s1, z0, z1 = values
     low = gl.join(_pair(words, z0, s0, 0, FP16), _pair(words, z1, s1, 1, FP16))
     high = gl.join(_pair(words, z0, s0, 2, FP16), _pair(words, z1, s1, 3, FP16))
     w = numbers(low, high, DTYPE)  # tiles, g, c, word, v1, v2, v0

@@ -52,7 +52,12 @@ def input_rows(
         BY_TOKEN: a row for each token, else one for each slot of a token.
     """
     slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
-    packed = gl.load(sorted_token_ids + slots)
+    return packed_rows(gl.load(sorted_token_ids + slots), stride, BY_TOKEN, K)
+
+
+@gluon.jit
+def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr):
+    """`input_rows` of packed slots."""
     live = (packed >> 24) < K  # padding slots carry K
     row = packed & 0xFFFFFF
     if not BY_TOKEN:
