@@ -133,4 +133,5 @@ def test_live_counts(name: str, live: int) -> None:
     )
     for choices in kinds:
         choice = next(choices)
-        run(backend, replace(choice, dependent=False), 9 if choice.strategy != "none" else 7 if live == 7 else 3, live)
+        tokens = 9 if choice.strategy != "none" else max(3, live)
+        run(backend, replace(choice, dependent=False), tokens, live)

@@ -40,6 +40,7 @@ from moert.tuning.store import SHIPPED
 
 CPU = torch.device("cpu")
 TOKENS = 3
+MANY_TOKENS = 180  # whose rows are more than the sort of few rows takes
 GPU_ONLY: dict[str, dict[str, str]] = json.loads(
     (ROOT / "tests" / "gpu_only_kernels.json").read_text()
 )
@@ -80,7 +81,9 @@ def kernels_of(cfg: MoEConfig, tokens: int, choice: Choice) -> tuple[str, ...]:
     return TritonBackend(cfg, absent_weights(cfg), shipped_device()).kernels(tokens, choice)
 
 
-def checked(choice: Choice, int4: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def checked(
+    choice: Choice, int4: bool, monkeypatch: pytest.MonkeyPatch, tokens: int = TOKENS
+) -> list[str]:
     """The kernels of a layer by this choice, interpreted, its result that of the reference."""
     cfg = MoEConfig(4, 3, 37, 21, dtype="float32")
     weights = make_weights(cfg, "plain")
@@ -89,10 +92,10 @@ def checked(choice: Choice, int4: bool, monkeypatch: pytest.MonkeyPatch) -> list
         cfg = MoEConfig(3, 2, 136, 24, dtype="float32", quant=Quant("int4", 128))
         weights = ExpertWeights.random(cfg)
     backend = TritonBackend(cfg, weights, device_facts(CPU))
-    if GPU_ONLY.keys() & set(backend.kernels(TOKENS, choice)):
+    if GPU_ONLY.keys() & set(backend.kernels(tokens, choice)):
         return []
-    case = make_case(cfg, TOKENS, strange=0.3)
-    fields = backend.fields(TOKENS, choice)
+    case = make_case(cfg, tokens, strange=0.3)
+    fields = backend.fields(tokens, choice)
     arena = Arena(CPU, layout(fields)[1])
     arena.poison()
     call = Call(torch.tensor(2**31 - 1, dtype=torch.int32), 1)
@@ -104,7 +107,7 @@ def checked(choice: Choice, int4: bool, monkeypatch: pytest.MonkeyPatch) -> list
         run_interpreted(launches, *rest)
 
     monkeypatch.setattr(triton_backend, "run_interpreted", watched)
-    backend.program(TOKENS, choice, arena.views(fields)).run(call, 0)
+    backend.program(tokens, choice, arena.views(fields)).run(call, 0)
     expected = experts_reference(case.x, case.topk, weights, cfg)
     assert relative_error(case.out, expected) < TOLERANCE[case.out.dtype], choice
     return ran
@@ -117,6 +120,9 @@ def test_every_kernel_of_a_shipped_plan_is_tested(monkeypatch: pytest.MonkeyPatc
         (replace(choice, dependent=False), cfg.quant is not None) for cfg, _, choice in records()
     )
     ran = {kernel for choice in choices for kernel in checked(*choice, monkeypatch)}
+    sorted_choices = (c for c, int4 in choices if c.strategy == "one_shot" and not int4)
+    tiles = next(c for c in sorted_choices if c.gate_up is not None and c.gate_up.kernel == "tile")
+    ran |= set(checked(tiles, False, monkeypatch, MANY_TOKENS))
     named = {kernel for record in records() for kernel in kernels_of(*record)}
     assert len(named) > 5
     assert named - ran - GPU_ONLY.keys() == set()

@@ -193,7 +193,7 @@ def test_a_plan_for_other_weights_runs_portable_kernels() -> None:
         for tokens in (1, 64, 4096):
             for choice in near.candidates(tokens, STRATEGIES):
                 tiles = {tile.kernel for tile in (choice.gate_up, choice.down) if tile}
-                assert near.can_run(choice) and far.can_run(choice) == (tiles == {"tile"})
+                assert near.can_run(choice, 64) and far.can_run(choice, 64) == (tiles == {"tile"})
                 names = far.kernels(tokens, choice)
                 assert not [n for n in names if "stream" in n or "specialised" in n]
                 assert far.fields(tokens, choice) == near.fields(tokens, choice)
@@ -209,6 +209,6 @@ def test_tiles_that_no_kernel_is_written_for(change: dict[str, int]) -> None:
     for cfg in (PLAIN, INT4):
         backend = TritonBackend(cfg, absent_weights(cfg), H200)
         for tile in tiles(cfg):
-            assert backend.can_run(Choice("one_shot", tile, tile))
+            assert backend.can_run(Choice("one_shot", tile, tile), 64)
             other = replace(tile, **change)
-            assert not backend.can_run(Choice("one_shot", tile, other))
+            assert not backend.can_run(Choice("one_shot", tile, other), 64)

@@ -44,6 +44,33 @@ def test_the_fastest_wins_and_says_so(tmp_path: Path) -> None:
     assert probes.repeats and not any(repeated.open for repeated in probes.repeats)
 
 
+@pytest.mark.parametrize(
+    ("us", "skewed", "choice"),
+    [
+        # level, and steadier where all tokens take the same experts
+        ({FAST: 50.0, PHASED: 50.9}, {FAST: 40.0, PHASED: 20.0}, PHASED),
+        ({FAST: 50.0, PHASED: 50.9}, {FAST: 20.0, PHASED: 40.0}, FAST),
+        # faster by more than the margin
+        ({FAST: 50.0, PHASED: 51.5}, {FAST: 40.0, PHASED: 20.0}, FAST),
+        # the default is protected as ever
+        ({FAST: 99.0, PHASED: 99.5}, {FAST: 40.0, PHASED: 20.0, DEFAULT: 90.0}, DEFAULT),
+        ({FAST: 97.5, PHASED: 98.5}, {FAST: 40.0, PHASED: 20.0, DEFAULT: 10.0}, FAST),
+    ],
+)
+def test_of_what_is_level_the_steadiest_wins(
+    us: dict[Choice, float], skewed: dict[Choice, float], choice: Choice, tmp_path: Path
+) -> None:
+    (plan,) = tune(tmp_path, FakeProbes(us, skewed=skewed), sizes=[(64, True)])
+    # what is told is the time by even routing
+    assert (plan.choice, plan.us) == (choice, us.get(choice, 100.0))
+
+
+def test_few_tokens_are_timed_by_even_routing_alone(tmp_path: Path) -> None:
+    probes = FakeProbes({FAST: 50.0, PHASED: 50.5}, skewed={FAST: 40.0, PHASED: 20.0})
+    (plan,) = tune(tmp_path, probes, sizes=[(8, True)])
+    assert plan.choice == FAST and not any(repeated.skewed for repeated in probes.repeats)
+
+
 A, B, C = (Tile(16, bn, 16) for bn in (16, 32, 64))
 
 
@@ -168,7 +195,7 @@ def test_a_record_that_these_weights_cannot_be_read_by_is_not_used(tmp_path: Pat
     fake_store(tmp_path).add(8, 0, fake_record(FAST))
     for able in (True, False):
         backend = FakeBackend()
-        backend.can_run = lambda choice, able=able: able or choice != FAST
+        backend.can_run = lambda choice, tokens, able=able: able or choice != FAST
         (plan,) = tune(tmp_path, FakeProbes(), backend, sizes=[(8, True)], mode="off")
         expected = (FAST, "cache") if able else (DEFAULT, "heuristic")
         assert (plan.choice, plan.source) == expected

@@ -42,7 +42,7 @@ class CountingProbes(FakeProbes):
 
     def repeat(self, calls: Sequence[Callable[[int], None]]) -> FakeRepeated:
         self.right += 1
-        return FakeRepeated(DEFAULT)
+        return FakeRepeated(DEFAULT, skewed=False)
 
     def time(self, entrants: Sequence[object], groups: int) -> list[list[float]]:
         return [[100.0] * groups for _ in entrants]

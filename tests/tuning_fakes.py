@@ -45,6 +45,7 @@ class FakeProgram(Program):
     def run(self, call: Call, stream: int) -> None:
         FakeProgram.ran.append(self)
         weights, ids = call.topk
+        self.skewed = ids.shape[0] > 1 and bool((ids == ids[:1]).all())
         live = call.live_on_host()
         topk = type(call.topk)(weights[:live], ids[:live])
         y = experts_reference(call.x[:live], topk, self.backend.weights, self.backend.cfg)
@@ -123,10 +124,10 @@ class FakeBackend(Backend):
 
 
 class FakeRepeated:
-    """Remembers which choice it stands for."""
+    """Remembers which choice it stands for, and whether all tokens had the same experts."""
 
-    def __init__(self, choice: Choice) -> None:
-        self.choice, self.open = choice, True
+    def __init__(self, choice: Choice, skewed: bool) -> None:
+        self.choice, self.skewed, self.open = choice, skewed, True
 
     def close(self) -> None:
         self.open = False
@@ -138,10 +139,16 @@ class FakeProbes:
     Args:
         us: microseconds of a call, by choice; every other choice takes 100.
         free: bytes of free memory.
+        skewed: as `us`, where all of more than one token have the same experts.
     """
 
-    def __init__(self, us: dict[Choice, float] | None = None, free: int = 1 << 30) -> None:
-        self.us, self.free = us or {}, free
+    def __init__(
+        self,
+        us: dict[Choice, float] | None = None,
+        free: int = 1 << 30,
+        skewed: dict[Choice, float] | None = None,
+    ) -> None:
+        self.us, self.free, self.skewed = us or {}, free, skewed or {}
         self.seconds = 0.0
         self.is_capturing = False
         self.timed: list[tuple[Choice, int]] = []
@@ -176,14 +183,17 @@ class FakeProbes:
         before = len(FakeProgram.ran)
         for enqueue in calls:
             enqueue(0)
-        (choice,) = {program.choice for program in FakeProgram.ran[before:]}
-        self.repeats.append(FakeRepeated(choice))
+        ran = FakeProgram.ran[before:]
+        (choice,) = {program.choice for program in ran}
+        self.repeats.append(FakeRepeated(choice, all(program.skewed for program in ran)))
         return self.repeats[-1]
 
     def time(self, entrants: Sequence[Any], groups: int) -> list[list[float]]:
         self.before_time()
         self.timed += [(entrant.choice, groups) for entrant in entrants]
-        return [[self.us.get(entrant.choice, 100.0)] * groups for entrant in entrants]
+        return [
+            [(self.skewed if e.skewed else self.us).get(e.choice, 100.0)] * groups for e in entrants
+        ]
 
     def release(self) -> None:
         pass

@@ -31,10 +31,10 @@ LONG_STEP = 2 * STEP
 _TILES = ((128, 256, 8, 4), (128, 128, 8, 6), (64, 256, 8, 5))
 # BM, BK, warps of each of two multiplying partitions, stages; 128 rows of long steps spill a register or two
 _INT4_TILES = (
-    (32, 64, 8, 6),
     (32, 128, 4, 6),
+    (32, 64, 8, 6),
+    (64, 128, 4, 4),
     (64, 64, 4, 6),
-    (64, 128, 4, 6),
     (128, 64, 4, 6),
     (128, 64, 4, 4),
 )
@@ -77,9 +77,9 @@ def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
             yield Tile(bm, bn, STEP, warps, stages, "specialised")
         return
     for bm, bk, warps, stages in _INT4_TILES:
-        # with scales for less than two blocks, a register or two of the tallest would spill
+        # with scales for less than two blocks, or zero points, a register or two of the tallest would spill
         whole = cfg.quant.group_size == -1 or cfg.quant.group_size % LONG_STEP == 0
-        if (bm < 128 or whole) and bk in _steps(cfg.quant.group_size):
+        if (bm < 128 or (whole and cfg.quant.symmetric)) and bk in _steps(cfg.quant.group_size):
             yield Tile(bm, ROW_TILES * ROWS, bk, warps, stages, "specialised")
 
 

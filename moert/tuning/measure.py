@@ -6,6 +6,7 @@ else. Successive calls of a timed graph therefore route to the experts that were
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,13 +122,22 @@ STAGES: Final = ((2, 1 / 3), (6, 1 / 3), (20, 1.0))
 MIN_SURVIVORS: Final = 3
 
 
+def same_experts(
+    routings: Sequence[tuple[int, torch.Tensor]],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The routings of `rotated_ids` if all tokens took the experts of the first one."""
+    for copy, ids in routings:
+        yield copy, ids[:1].expand(ids.shape[0], -1).contiguous()
+
+
 def successive_halving(
     entrants: Sequence[T],
     anchor: T | None,
     time: Callable[[Sequence[T], int], Sequence[Sequence[float]]],
     out_of_time: Callable[[], bool],
 ) -> dict[T, float]:
-    """Median time of the entrants that were worth timing to the end, the anchor always among them.
+    """Median time of the entrants that were worth timing to the end, the anchor and those level with the
+    fastest always among them.
 
     Args:
         entrants: distinct, hashable.
@@ -143,9 +153,31 @@ def successive_halving(
         if out_of_time():
             break
         count = max(MIN_SURVIVORS, round(len(left) * keep))
-        best = sorted(left, key=medians.__getitem__)[:count]
+        best = {*sorted(left, key=medians.__getitem__)[:count], *level(medians)}
         left = [e for e in left if e in best or e == anchor]
     return medians
+
+
+def level(medians: dict[T, float], margin: float = MARGIN) -> dict[T, float]:
+    """Those within the margin of the fastest."""
+    limit = min(medians.values()) / (1.0 - margin)
+    return {entrant: us for entrant, us in medians.items() if us <= limit}
+
+
+def steadiest(medians: dict[T, float], skewed: dict[T, float], anchor: T | None) -> T:
+    """The choice of `pick`; where that is not the anchor, of those level with the fastest that beat the
+    anchor too, the one that loses least where routing is as uneven as can be.
+
+    Args:
+        medians: by even routing.
+        skewed: of those that are level, by uneven routing; what could not be timed so is missing.
+    """
+    best = pick(medians, anchor)
+    if best == anchor:
+        return best
+    limit = (1.0 - MARGIN) * medians[anchor] if anchor in medians else math.inf
+    able = [e for e in level(medians) if e in skewed and medians[e] <= limit]
+    return min(able, key=lambda e: (skewed[e], medians[e]), default=best)
 
 
 def pick(medians: dict[T, float], anchor: T | None, margin: float = MARGIN) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -21,6 +22,7 @@ from moert.tuning.measure import (
     distinct_experts,
     plan_rotation,
     rotated_ids,
+    same_experts,
     successive_halving,
 )
 from moert.tuning.probes import Enqueue, Probes, Repeated
@@ -29,6 +31,7 @@ from moert.weights import ExpertWeights, Matrix
 log = logging.getLogger("moert")
 
 MEMORY_FRACTION: Final = 0.9  # of what is free: allocators round up, kernels are loaded
+SKEWED_GROUPS: Final = 6  # of replays
 TIMING_S: Final = 5.0  # after this the timing of a bucket ends with the stage it is in
 
 
@@ -189,40 +192,59 @@ class Trial:
         on_stage: Callable[[], None],
     ) -> tuple[dict[Choice, float], bool]:
         """Median microseconds of the candidates timed to the end, and whether their weights were cold."""
-        layer, probes = self._layer, self._layer.probes
+        probes, start = self._layer.probes, self._layer.probes.now()
+
+        def decide(repeated: dict[Choice, Repeated]) -> dict[Choice, float]:
+            def time(entrants: Sequence[Choice], groups: int) -> list[list[float]]:
+                on_stage()
+                return probes.time([repeated[choice] for choice in entrants], groups)
+
+            return successive_halving(
+                list(repeated), anchor, time, lambda: probes.now() - start > TIMING_S
+            )
+
+        return self._timed(programs, decide)
+
+    def skewed_times(self, programs: dict[Choice, Program]) -> dict[Choice, float]:
+        """Median microseconds of every candidate where all tokens take the same experts."""
+
+        def decide(repeated: dict[Choice, Repeated]) -> dict[Choice, float]:
+            times = self._layer.probes.time(list(repeated.values()), SKEWED_GROUPS)
+            return {c: statistics.median(t) for c, t in zip(repeated, times, strict=True)}
+
+        return self._timed(programs, decide, skewed=True)[0]
+
+    def _timed(
+        self,
+        programs: dict[Choice, Program],
+        decide: Callable[[dict[Choice, Repeated]], dict[Choice, float]],
+        skewed: bool = False,
+    ) -> tuple[dict[Choice, float], bool]:
+        """What `decide` makes of graphs of the programs, and whether the weights are cold in them."""
+        layer = self._layer
         rotation = layer.rotation(self._tokens)
         try:
             backends = layer.bound_to_copies(rotation.copies)
         except torch.OutOfMemoryError:
             layer.forget_copies()
             backends, rotation = [layer.backend], replace(rotation, copies=1, cold=False)
-        routings = self._routings(rotation)
+        routings = self._routings(rotation, skewed)
         repeated: dict[Choice, Repeated] = {}
         try:
             for choice, program in programs.items():
                 graph = self._repeated(choice, program, backends, routings)
                 if graph is not None:
                     repeated[choice] = graph
-            if not repeated:
-                return {}, rotation.cold
-            start = probes.now()
-
-            def time(entrants: Sequence[Choice], groups: int) -> list[list[float]]:
-                on_stage()
-                return probes.time([repeated[choice] for choice in entrants], groups)
-
-            medians = successive_halving(
-                list(repeated), anchor, time, lambda: probes.now() - start > TIMING_S
-            )
+            return (decide(repeated) if repeated else {}), rotation.cold
         finally:
             for graph in repeated.values():
                 graph.close()
-        return medians, rotation.cold
 
-    def _routings(self, rotation: Rotation) -> list[tuple[int, TopK]]:
+    def _routings(self, rotation: Rotation, skewed: bool) -> list[tuple[int, TopK]]:
         """(copy, routing) of each call; every tensor is an allocation of its own, hence aligned."""
         cfg, weights = self._layer.backend.cfg, self._check.topk.weights
-        drawn = rotated_ids(cfg.num_experts, cfg.top_k, self._tokens, rotation)
+        drawn = list(rotated_ids(cfg.num_experts, cfg.top_k, self._tokens, rotation))
+        drawn = list(same_experts(drawn)) if skewed else drawn
         return [(copy, TopK(weights, ids.to(weights.device))) for copy, ids in drawn]
 
     def _repeated(

@@ -19,13 +19,15 @@ from moert.errors import StateError
 from moert.plan import Choice, Plan
 from moert.tuning.agree import agree
 from moert.tuning.candidates import allowed_candidates, crossed
-from moert.tuning.measure import pick
+from moert.tuning.measure import level, steadiest
 from moert.tuning.probes import DeviceProbes, Probes
 from moert.tuning.progress import Progress
 from moert.tuning.store import Record, Store, geometry, open_store
 from moert.tuning.trial import Layer, Trial
 
 log = logging.getLogger("moert")
+
+FEW_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +245,16 @@ class Tuner:
                     programs, default if default in programs else None, tick
                 )
             medians |= self._cross(layer, tokens, medians, tick)
+            skewed = self._skew(layer, tokens, medians)
         except torch.OutOfMemoryError as error:
             log.debug("tuning %d tokens: %r", tokens, error)
-            medians, cold = {}, True
+            medians, skewed, cold = {}, {}, True
         if not medians:
             self._note(f"{tokens} tokens: not tuned, no candidate could be checked and timed here")
             return None
         if not cold:
             self._note("timed on warm weights: the layer is too small to be read from memory")
-        self._winner = choice = pick(medians, default)
+        self._winner = choice = steadiest(medians, skewed, default)
         us, default_us = round(medians[choice], 3), medians.get(default)
         default_us = None if default_us is None else round(default_us, 3)
         record = Record(choice, us, default_us, cold, self._store.made_with)
@@ -275,3 +278,14 @@ class Tuner:
             return {}
         scale = medians[best] / again[best]
         return {choice: us * scale for choice, us in again.items() if choice != best}
+
+    def _skew(self, layer: Layer, tokens: int, medians: dict[Choice, float]) -> dict[Choice, float]:
+        """Times of what is level, where all tokens take the same experts.
+
+        A few tokens are no more than a block of rows, however they are routed.
+        """
+        contenders = list(level(medians)) if medians else []
+        if tokens <= FEW_TOKENS or len(contenders) < 2:
+            return {}
+        with Trial(layer, tokens, contenders) as trial:
+            return trial.skewed_times(trial.sound(contenders[0]))

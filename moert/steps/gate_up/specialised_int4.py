@@ -84,8 +84,9 @@ def _multiply(
     beyond_half, beyond_quarter = packed_beyond(sorted_token_ids, gl.program_id(0), blocks, S)
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        # of the next tile, there when this one is done
-        next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+        if S.spare:
+            # of the next tile, there when this one is done
+            next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
         if (beyond_half >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
@@ -106,6 +107,8 @@ def _multiply(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.quarter, S,
             )  # fmt: skip
+        if not S.spare:
+            next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
         beyond_half, beyond_quarter = next_half, next_quarter
 
 

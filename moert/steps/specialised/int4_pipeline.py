@@ -139,22 +139,28 @@ def copy_int4_tiles(
     sorted_token_ids, sorted_expert_ids, blocks = rows
     codes_ptr, scales_ptr, zeros_ptr = w
     it = 0
-    block, tile = piece(gl.program_id(0), blocks, S)
-    expert, packed = _tile_ids(sorted_token_ids, sorted_expert_ids, block, S)
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        if S.spare:  # there when this tile's steps are copied
-            next_block, next_tile = piece(t + S.programs, blocks, S)
-            next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
-        x_rows, live = packed_rows(packed, x_stride, BY_TOKEN, K)
-        first = tile * (2 * S.row_tiles)
-        it = _copy_tile(
-            ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr,
-            expert.to(gl.int64), first, S,
-        )  # fmt: skip
-        if not S.spare:
-            next_block, next_tile = piece(t + S.programs, blocks, S)
-            next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, next_block, S)
-        tile, expert, packed = next_tile, next_expert, next_packed
+    if S.spare:
+        block, next_tile = piece(gl.program_id(0), blocks, S)
+        next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, block, S)
+        for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+            tile, expert, packed = next_tile, next_expert, next_packed
+            # there when this tile's steps are copied
+            block, next_tile = piece(t + S.programs, blocks, S)
+            next_expert, next_packed = _tile_ids(sorted_token_ids, sorted_expert_ids, block, S)
+            x_rows, live = packed_rows(packed, x_stride, BY_TOKEN, K)
+            it = _copy_tile(
+                ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr,
+                expert.to(gl.int64), tile * (2 * S.row_tiles), S,
+            )  # fmt: skip
+    else:
+        for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+            block, tile = block_and_tile(t, blocks, S)
+            expert, packed = _tile_ids(sorted_token_ids, sorted_expert_ids, block, S)
+            x_rows, live = packed_rows(packed, x_stride, BY_TOKEN, K)
+            it = _copy_tile(
+                ring, it, x_ptr, x_rows, live, codes_ptr, scales_ptr, zeros_ptr,
+                expert.to(gl.int64), tile * (2 * S.row_tiles), S,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -228,9 +234,10 @@ def _ask(ring, it, w, acc, HALF: gl.constexpr, N: gl.constexpr, S: gl.constexpr)
 
 
 @gluon.jit
-def _done(w, acc, N: gl.constexpr):
-    """The sum of what is under way, once the weights that were widened meanwhile are in registers."""
-    if N < 128:  # or registers do not last: the partitions work in turns, and no more
+def _done(w, acc, N: gl.constexpr, S: gl.constexpr):
+    """The sum of what is under way; where steps are long and registers last, once the weights that were
+    widened meanwhile are in registers. Elsewhere the partitions work in turns, and no more."""
+    if N < 128 and S.halves == 2:
         _pin_arithmetic()
     # w too: its registers are read until then
     acc, w = warpgroup_mma_wait(0, deps=[acc, w])
@@ -253,24 +260,24 @@ def _multiply_single(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S:
     for _ in range((S.steps - 1) // 2):
         acc = _ask(ring, it, even, acc, 0, N, S)
         odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(even, acc, N)
+        acc = _done(even, acc, N, S)
         _give_back(ring, it, S)
         acc = _ask(ring, it + 1, odd, acc, 0, N, S)
         even, _ = _first_weights(ring, it + 2, PARTITION, N, S)
-        acc = _done(odd, acc, N)
+        acc = _done(odd, acc, N, S)
         _give_back(ring, it + 1, S)
         it += 2
     acc = _ask(ring, it, even, acc, 0, N, S)
     if S.steps % 2 == 0:
         odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(even, acc, N)
+        acc = _done(even, acc, N, S)
         _give_back(ring, it, S)
         acc = _ask(ring, it + 1, odd, acc, 0, N, S)
-        acc = _done(odd, acc, N)
+        acc = _done(odd, acc, N, S)
         _give_back(ring, it + 1, S)
         it += 2
     else:
-        acc = _done(even, acc, N)
+        acc = _done(even, acc, N, S)
         _give_back(ring, it, S)
         it += 1
     return acc, it
@@ -283,17 +290,17 @@ def _multiply_double(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S:
     for _ in range(S.steps - 1):
         acc = _ask(ring, it, even, acc, 0, N, S)
         odd = _second_weights(ring, it, values, PARTITION, N, S)
-        acc = _done(even, acc, N)
+        acc = _done(even, acc, N, S)
         acc = _ask(ring, it, odd, acc, 1, N, S)
         even, values = _first_weights(ring, it + 1, PARTITION, N, S)
-        acc = _done(odd, acc, N)
+        acc = _done(odd, acc, N, S)
         _give_back(ring, it, S)
         it += 1
     acc = _ask(ring, it, even, acc, 0, N, S)
     odd = _second_weights(ring, it, values, PARTITION, N, S)
-    acc = _done(even, acc, N)
+    acc = _done(even, acc, N, S)
     acc = _ask(ring, it, odd, acc, 1, N, S)
-    acc = _done(odd, acc, N)
+    acc = _done(odd, acc, N, S)
     _give_back(ring, it, S)
     return acc, it + 1
 
