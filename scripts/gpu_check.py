@@ -50,7 +50,8 @@ def contract_tests(part: dict[str, Any]) -> bool:
     for file in files:
         start = time.perf_counter()
         shared = importlib.util.find_spec("xdist") and Path(file).name in COMPILE_MUCH
-        workers = ["-n", "4", "--dist", "worksteal"] if shared else []
+        count = max(4, len(os.sched_getaffinity(0)) * 3 // 4)  # compiling is what takes long
+        workers = ["-n", str(count), "--dist", "worksteal"] if shared else []
         done = subprocess.run(
             [*pytest, *workers, file], cwd=ROOT, capture_output=True, text=True, check=False
         )
