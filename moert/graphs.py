@@ -20,11 +20,24 @@ stream (18.7 against 36.9 us for two 36 MB reads). The driver orders the null st
 *blocking* stream after each other, so calls made on the null stream launch their graphs into one
 blocking stream of ours: 18.7 us.
 
-48 chained replays against one graph of the same 48 layers (E=32), device time a layer: +2.2 us at
-T=1 (two kernels), +2.9 at T=8 and +2.3 at T=64 (four). It is the driver's gap between two graphs:
-instantiating without flags, a stream of high priority and plain instead of programmatic edges
-changed nothing beyond 0.2 us. Launching the same kernels one by one, each dependent on the one
-before, also across layers, cost +1.5 us at T=8, but 2 us of host time a kernel instead of 2 us a call.
+48 chained replays against one graph of the same 48 layers (E=32), device time a layer over that graph's,
+which is 25.7, 73.7 and 85.2 us:
+
+    way                                            T=1    T=8   T=64   host us a call
+    forward, a graph a layer                      +2.5   +3.9   +3.5    8
+    the same graphs launched bare                 +1.8   +3.4   +3.0    3
+    kernel by kernel, dependent across layers     +3.0   +1.5   +0.9   12 to 22
+    two layers a graph                            +1.5   +1.9   +1.4    1.5
+    a graph a kernel                              +4.3  +10.6  +11.2    6 to 15
+    first or last kernel beside the graph         +2.8   +4.7   +5.0    9
+    plain instead of programmatic edges           +2.0   +6.3   +6.2    3
+
+It is the driver's gap between two graphs, and the overlap of one layer's first kernel with the last one's
+last that only one graph, or dependent launches, can have: the more of that one graph has, the larger the
+difference (at T=8 it was 2.9 when combine let no successor start). Node priorities, an upload beforehand, an
+empty node in front or behind, two executables in turn, two streams with events: all within 0.4 us of the
+bare graphs. So this way is chosen for its host time; who has whole models to capture gains by one graph over
+them.
 """
 
 from __future__ import annotations
