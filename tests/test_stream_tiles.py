@@ -247,7 +247,7 @@ def test_rows_an_expert_decide_how_many_a_program_takes() -> None:
         {8, 16, 32},
     ]
     plain = replace(INT4, quant=None)
-    assert rows(plain, 8) == {8} and rows(plain, 64) >= {8, 16, 32, 64}
+    assert rows(plain, 8) == {8} and rows(plain, 64) >= {8, 16, 32}
     # as many as any routing can give an expert, where that is all tokens
     assert 16 in rows(plain, 16) and max(rows(plain, 16)) == 16
 

@@ -8,8 +8,8 @@ only to count the rows of each expert and to hand the rows round: 4 barriers on 
 more rows has 20.
 
 On an H200 (E=128, K=8, BM=16; launches in a graph, dependent), in brackets the kernel for more rows: T=1
-0.85 (1.45), T=16 0.95 (1.46), T=32 1.35 (1.54), T=64 1.63 us (1.98); with routing before it 2.3, 2.55, 2.8 and
-3.3. Other shares of rows and warps, two to sixteen of each: level at best.
+0.85 (1.45), T=16 0.95 (1.46), T=32 1.35 (1.54), T=64 1.63 us (1.98); with routing before it 2.3, 2.55, 2.8
+and 3.3. Other shares of rows and warps, two to sixteen of each: level at best.
 
 E, EP, the number of no row, and what is written are as `moert.steps.sorting.triton` says.
 """

@@ -36,12 +36,11 @@ fewer programs fit); several row tiles a program in the portable kernels (62 for
 inputs without a mask, which read a row for every padding slot (88 for 54); scales multiplied into the
 weights instead of the products (a quarter slower, through shared memory).
 
-Rows that an expert has beyond one block, in the sorted kernels: a program takes up to four or eight blocks
-of 8 rows of its expert together (`rows.py`), with instructions for 8, 16, 32 or 64 rows as there are. Where
-every expert has one block that costs nothing in bfloat16 (E=128 K=8 H=2048 I=768, T=64: 279.5 us together
-and one by one) and 1 to 2% in int4, for registers; where all tokens take the same experts it saves reading:
-57.4 us to 44.5 there, and E=8 K=2 H=4096 I=14336 at T=64 350 to 262. int4 at T=32 on that layer, 8 rows an
-expert: 262 to 218.
+Rows that an expert has beyond one block, in the sorted kernels: a program takes up to four blocks of 8 rows
+of its expert together (`rows.py`), with instructions for 8, 16 or 32 rows as there are. Where every expert
+has one block that costs nothing in bfloat16 (E=128 K=8 H=2048 I=768, T=64: 279.5 us together and one by one)
+and 1 to 2% in int4, for registers; where all tokens take the same experts it saves reading: 56.3 us to 44.5
+there. int4 at T=32 with E=8 K=2 H=4096 I=14336, 8 rows an expert: 262 to 218.
 
 Up to 8 tokens need no sort to read a weight once: column c of the instruction is token c. bfloat16, T=8,
 against a sort: E=128 K=8 H=2048 I=768 116.4 for 118.1 (int4 39.4 for 41.6), E=512 K=10 H=2048 I=512 112.7
