@@ -64,8 +64,8 @@ _WIDE_SUMMED_DOWN = ((1, 1, 4, 2, 4, 1), (1, 1, 8, 1, 4, 1), (1, 1, 4, 1, 6, 1))
 
 # rows of a block, and tokens that a gathered tile has columns for
 LEAST = 8
-# blocks taken together at most (eight take registers of programs with one: E=128 K=8 H=2048 I=768, T=64 on an
-# H200, 284.6 us for 273.0 of four, and where all tokens take the same experts 47.9 for 44.5); then, so that two
+# blocks taken together at most: eight take registers of programs with one (E=128 K=8 H=2048 I=768, T=64 on an
+# H200: 284.6 us for 273.0 of four; where all tokens take the same experts 47.9 for 44.5). Then, so that two
 # programs fit, accumulators of a lane and shared memory
 _MOST_TOGETHER, _MOST_SUMS, _MOST_SHARED = 4, 32, 113 << 10
 
