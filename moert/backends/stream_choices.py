@@ -153,7 +153,9 @@ def _taken_together(
 def _roomy(cfg: MoEConfig, tile: Tile, up: bool) -> bool:
     shape = stream_shape(cfg, tile, up=up, direct=False)
     sums = shape.rows * shape.bm * shape.together * shape.split // (32 * shape.warps)
-    return sums <= _MOST_SUMS and shape.shared_bytes(False) <= _MOST_SHARED
+    # parts of the reduction have scales, and sums of inputs, of their own
+    most = _MOST_SUMS // shape.split if shape.int4 else _MOST_SUMS
+    return sums <= most and shape.shared_bytes(False) <= _MOST_SHARED
 
 
 def _tiles(
@@ -173,7 +175,7 @@ def _tiles(
 def _tile(cfg: MoEConfig, shape: _Shape, bm: int, up: bool, kernel: str) -> Tile:
     row_tiles, row_warps, split, blocks, stages, repeats = shape
     columns = cfg.hidden_size if up else cfg.intermediate_size
-    while blocks > 1 and (blocks * BLOCK > columns or _unfit(cfg, blocks * BLOCK)):
+    while blocks > 1 and (blocks * BLOCK > columns or _unfit(cfg, blocks * BLOCK, bm)):
         blocks //= 2
     return Tile(
         bm,
@@ -187,10 +189,12 @@ def _tile(cfg: MoEConfig, shape: _Shape, bm: int, up: bool, kernel: str) -> Tile
     )
 
 
-def _unfit(cfg: MoEConfig, width: int) -> bool:
+def _unfit(cfg: MoEConfig, width: int, bm: int) -> bool:
     """Whether a step of `width` columns is neither within a group nor whole groups, or has more scales than
     there are registers for."""
     if cfg.quant is None or cfg.quant.group_size == -1 or cfg.quant.group_size % width == 0:
         return False
     group, most = cfg.quant.group_size, 4 if cfg.quant.symmetric else 2
+    if bm > LEAST and cfg.bias:
+        most = 2
     return width % group != 0 or width // group > most

@@ -227,7 +227,12 @@ class Tuner:
     ) -> Decision | None:
         """Measure one bucket and keep the record; None where nothing could be."""
         default, winner = candidates[0], self._winner
-        if winner is not None and winner.strategy in {choice.strategy for choice in candidates}:
+        strategies = {choice.strategy for choice in candidates}
+        if (
+            winner is not None
+            and winner.strategy in strategies
+            and self._backend.can_run(winner, tokens)
+        ):
             # the neighbour's winner may be no candidate of this bucket's own list
             candidates = list(dict.fromkeys((*candidates, winner)))
         stages = iter((0.6, 0.7, 0.8, 0.9))
@@ -245,15 +250,15 @@ class Tuner:
                     programs, default if default in programs else None, tick
                 )
             medians |= self._cross(layer, tokens, medians, tick)
-            skewed = self._skew(layer, tokens, medians)
         except torch.OutOfMemoryError as error:
             log.debug("tuning %d tokens: %r", tokens, error)
-            medians, skewed, cold = {}, {}, True
+            medians, cold = {}, True
         if not medians:
             self._note(f"{tokens} tokens: not tuned, no candidate could be checked and timed here")
             return None
         if not cold:
             self._note("timed on warm weights: the layer is too small to be read from memory")
+        skewed = self._skew(layer, tokens, medians)
         self._winner = choice = steadiest(medians, skewed, default)
         us, default_us = round(medians[choice], 3), medians.get(default)
         default_us = None if default_us is None else round(default_us, 3)
@@ -284,8 +289,12 @@ class Tuner:
 
         A few tokens are no more than a block of rows, however they are routed.
         """
-        contenders = list(level(medians)) if medians else []
+        contenders = list(level(medians))
         if tokens <= FEW_TOKENS or len(contenders) < 2:
             return {}
-        with Trial(layer, tokens, contenders) as trial:
-            return trial.skewed_times(trial.sound(contenders[0]))
+        try:
+            with Trial(layer, tokens, contenders) as trial:
+                return trial.skewed_times(trial.sound(contenders[0]))
+        except torch.OutOfMemoryError as error:
+            log.debug("tuning %d tokens, all to the same experts: %r", tokens, error)
+            return {}

@@ -62,7 +62,7 @@ def down_direct_stream_kernel(
     PDL: gl.constexpr,
 ):
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
+    ring, w = rings(DTYPE, S), (w2_ptr, scales_ptr, zeros_ptr)
     hs = gl.allocate_shared_memory(DTYPE, [S.staged, S.split, S.width], S.plain(3))
     # one for each part of the reduction, as often as there are groups with scales of their own
     experts = gl.allocate_shared_memory(gl.int32, [S.asked, S.parts * S.split], S.plain(2))
@@ -77,7 +77,7 @@ def down_direct_stream_kernel(
     experts.store(expert)
     by_iteration = experts._reinterpret(gl.int32, [S.asked, S.parts * S.split], S.plain(1))
     for i in gl.static_range(S.stages - 1):
-        ask_by_slot(weights, scales, zeros, i, tile, w2_ptr, scales_ptr, zeros_ptr, by_iteration, S)
+        ask_by_slot(ring, i, tile, w, by_iteration, S)
         async_copy.commit_group()
     # the weight of an id that no expert has may be anything, NaN included
     factor = load_routing_weight(
@@ -87,11 +87,10 @@ def down_direct_stream_kernel(
     let_successor_start(PDL)
     if token >= num_tokens:
         return
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [S.warps], [0])
-    n = tile * 16 + gl.arange(0, S.rows, LINE)
+    n = tile * 16 + gl.arange(0, S.rows, S.flat)
     out = out_ptr + token.to(gl.int64) * out_stride + n
     if not alive:
-        gl.store(out, gl.full([S.rows], 0, DTYPE, LINE), mask=(n < S.columns) & (pad_zero != 0))
+        gl.store(out, gl.full([S.rows], 0, DTYPE, S.flat), mask=(n < S.columns) & (pad_zero != 0))
         return
     factors.store(factor)
     it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
@@ -114,17 +113,15 @@ def down_direct_stream_kernel(
     acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
     for step in range(S.iterations):
         async_copy.wait_group(S.stages - 2)
-        taken = take(weights, scales, zeros, step, S)
+        taken = take(ring, step, S)
         nxt = step + S.stages - 1
-        ask_by_slot(
-            weights, scales, zeros, nxt, tile, w2_ptr, scales_ptr, zeros_ptr, by_iteration, S
-        )
+        ask_by_slot(ring, nxt, tile, w, by_iteration, S)
         async_copy.commit_group()
         weight = factors_by_iteration.index(step).slice(0, S.split).load(S.acc_parts)
         x = one_row(inputs.index(step), S)
         acc = add(acc, taken, x, sums, step, weight, S)
     # all columns are the same token: their mean is each of them, exactly, for powers of two
-    total = gl.convert_layout(gl.sum(gl.sum(acc, 2), 0) * (1.0 / S.bm), LINE)
+    total = gl.convert_layout(gl.sum(gl.sum(acc, 2), 0) * (1.0 / S.bm), S.flat)
     if b2_ptr is not None:
         for k_slot in range(K):
             mine = load_expert_id(ids_ptr, ids_stride, ids_words, token, k_slot, alive, E)

@@ -28,9 +28,7 @@ from moert.steps.streaming.stages import advance, ask, input_ring, rings
 
 @gluon.jit
 def _multiply(
-    weights,
-    scales,
-    zeros,
+    ring,
     hs,
     h_ptr,
     packed,
@@ -38,16 +36,18 @@ def _multiply(
     weight,
     expert,
     tile,
-    w2_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     b2_ptr,
     y_ptr,
     K: gl.constexpr,
     S: gl.constexpr,
 ):
     """y of the rows [bm] that `packed` and `packed_out` name, in the layouts that h and y have, times
-    `weight` [bm]. The first stages of weights have been asked for."""
+    `weight` [bm]. The first stages of weights have been asked for.
+
+    Args:
+        ring, w: as for `ask`; hs: of `input_ring`.
+    """
     e64 = expert.to(gl.int64)
     live = (packed >> 24) < K  # padding carries K
     row = gl.where(live, (packed & 0xFFFFFF) * K + (packed >> 24), 0)
@@ -60,22 +60,7 @@ def _multiply(
     stored = gl.expand_dims((packed_out >> 24) < K, 0)
     acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
     for step in range(S.iterations):
-        acc = advance(
-            acc,
-            weights,
-            scales,
-            zeros,
-            hs,
-            step,
-            tile,
-            w2_ptr,
-            scales_ptr,
-            zeros_ptr,
-            e64,
-            h_rows,
-            live,
-            S,
-        )
+        acc = advance(acc, ring, hs, step, tile, w, e64, h_rows, live, S)
         if step % S.steps == S.steps - 1:
             y = gl.convert_layout(gl.sum(acc, 0), S.out)
             first = (tile + (step // S.steps) * S.row_tiles) * 16
@@ -89,9 +74,7 @@ def _multiply(
 
 @gluon.jit
 def _multiply_taken(
-    weights,
-    scales,
-    zeros,
+    ring,
     hs,
     h_ptr,
     sorted_token_ids,
@@ -100,9 +83,7 @@ def _multiply_taken(
     taken,
     expert,
     tile,
-    w2_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     b2_ptr,
     y_ptr,
     K: gl.constexpr,
@@ -118,17 +99,12 @@ def _multiply_taken(
     weight = gl.load(at, mask=(packed_out >> 24) < K, other=0.0)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    _multiply(
-        weights, scales, zeros, hs, h_ptr, packed, packed_out, weight, expert, tile,
-        w2_ptr, scales_ptr, zeros_ptr, b2_ptr, y_ptr, K, S,
-    )  # fmt: skip
+    _multiply(ring, hs, h_ptr, packed, packed_out, weight, expert, tile, w, b2_ptr, y_ptr, K, S)
 
 
 @gluon.jit
 def _multiply_blocks(
-    weights,
-    scales,
-    zeros,
+    ring,
     hs,
     h_ptr,
     sorted_token_ids,
@@ -137,9 +113,7 @@ def _multiply_blocks(
     taken,
     expert,
     tile,
-    w2_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     b2_ptr,
     y_ptr,
     K: gl.constexpr,
@@ -150,18 +124,18 @@ def _multiply_blocks(
     """`taken` blocks, by the instructions for the fewest that hold them: WIDE, or more."""
     if S.together == WIDE:
         _multiply_taken(
-            weights, scales, zeros, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert,
-            tile, w2_ptr, scales_ptr, zeros_ptr, b2_ptr, y_ptr, K, S.taking(WIDE), PDL,
+            ring, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert, tile, w,
+            b2_ptr, y_ptr, K, S.taking(WIDE), PDL,
         )  # fmt: skip
     elif taken <= WIDE:
         _multiply_taken(
-            weights, scales, zeros, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert,
-            tile, w2_ptr, scales_ptr, zeros_ptr, b2_ptr, y_ptr, K, S.taking(WIDE), PDL,
+            ring, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert, tile, w,
+            b2_ptr, y_ptr, K, S.taking(WIDE), PDL,
         )  # fmt: skip
     else:
         _multiply_blocks(
-            weights, scales, zeros, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert,
-            tile, w2_ptr, scales_ptr, zeros_ptr, b2_ptr, y_ptr, K, 2 * WIDE, S, PDL,
+            ring, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert, tile, w,
+            b2_ptr, y_ptr, K, 2 * WIDE, S, PDL,
         )  # fmt: skip
 
 
@@ -182,25 +156,30 @@ def down_grouped_stream_kernel(
     PDL: gl.constexpr,
 ):
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
-    hs = input_ring(DTYPE, S)
+    ring, hs = rings(DTYPE, S), input_ring(DTYPE, S)
+    w = (w2_ptr, scales_ptr, zeros_ptr)
     tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
     block = gl.program_id(0) // S.tiles
+    # loaded together; past the last block there is anything, which nobody uses
     blocks = gl.load(num_valid_ids) // S.bm
-    taken = gl.where(block < blocks, 1, 0)
-    expert = gl.load(sorted_expert_ids + block, mask=block < blocks, other=-1)
-    if S.together > 1:
-        taken = taken_blocks(sorted_expert_ids, block, blocks, expert, S)
-    if taken == 0:
+    expert = gl.load(sorted_expert_ids + block)
+    if block >= blocks:
         wait_for_predecessor(PDL)
         let_successor_start(PDL)
         return
+    taken = 1
+    if S.together > 1:
+        taken = taken_blocks(sorted_expert_ids, block, blocks, expert, S)
+        if taken == 0:
+            wait_for_predecessor(PDL)
+            let_successor_start(PDL)
+            return
     for i in gl.static_range(S.stages - 1):
-        ask(weights, scales, zeros, i, tile, w2_ptr, scales_ptr, zeros_ptr, expert.to(gl.int64), S)
+        ask(ring, i, tile, w, expert.to(gl.int64), S)
         async_copy.commit_group()
     _multiply_blocks(
-        weights, scales, zeros, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert, tile,
-        w2_ptr, scales_ptr, zeros_ptr, b2_ptr, y_ptr, K, 1, S, PDL,
+        ring, hs, h_ptr, sorted_token_ids, sorted_weights, block, taken, expert, tile, w,
+        b2_ptr, y_ptr, K, 1, S, PDL,
     )  # fmt: skip
 
 
@@ -227,8 +206,8 @@ def down_gathered_stream_kernel(
     PDL: gl.constexpr,
 ):
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
-    hs = input_ring(DTYPE, S)
+    ring, hs = rings(DTYPE, S), input_ring(DTYPE, S)
+    w = (w2_ptr, scales_ptr, zeros_ptr)
     tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
     row = gl.program_id(0) // S.tiles
     live = live_tokens(num_tokens, num_valid_ptr)
@@ -238,7 +217,7 @@ def down_gathered_stream_kernel(
         let_successor_start(PDL)
         return
     for i in gl.static_range(S.stages - 1):
-        ask(weights, scales, zeros, i, tile, w2_ptr, scales_ptr, zeros_ptr, expert.to(gl.int64), S)
+        ask(ring, i, tile, w, expert.to(gl.int64), S)
         async_copy.commit_group()
     packed_out = output_layout(packed, S)
     slot = packed_out >> 24
@@ -253,7 +232,5 @@ def down_gathered_stream_kernel(
     )
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    _multiply(
-        weights, scales, zeros, hs, h_ptr, input_layout(packed, S), packed_out, weight, expert, tile,
-        w2_ptr, scales_ptr, zeros_ptr, b2_ptr, y_ptr, K, S,
-    )  # fmt: skip
+    packed = input_layout(packed, S)
+    _multiply(ring, hs, h_ptr, packed, packed_out, weight, expert, tile, w, b2_ptr, y_ptr, K, S)

@@ -72,7 +72,7 @@ def gate_up_direct_stream_kernel(
     PDL: gl.constexpr,
 ):
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
+    ring, w = rings(DTYPE, S), (w13_ptr, scales_ptr, zeros_ptr)
     xs = gl.allocate_shared_memory(DTYPE, [S.staged, S.split, S.width], S.plain(3))
     tile = (gl.program_id(0) % S.tiles) * S.row_tiles
     row = gl.program_id(0) // S.tiles
@@ -85,7 +85,7 @@ def gate_up_direct_stream_kernel(
         return
     e64 = expert.to(gl.int64)
     for i in gl.static_range(S.stages - 1):
-        ask(weights, scales, zeros, i, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
+        ask(ring, i, tile, w, e64, S)
         async_copy.commit_group()
     it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
     part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))
@@ -102,9 +102,9 @@ def gate_up_direct_stream_kernel(
     acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
     for step in range(S.iterations):
         async_copy.wait_group(S.stages - 2)
-        taken = take(weights, scales, zeros, step, S)
+        taken = take(ring, step, S)
         nxt = step + S.stages - 1
-        ask(weights, scales, zeros, nxt, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
+        ask(ring, nxt, tile, w, e64, S)
         async_copy.commit_group()
         acc = add(acc, taken, one_row(inputs.index(step), S), sums, step, None, S)
     n, h = intermediate(gl.sum(acc, 0), expert, tile, b13_ptr, ACTIVATION, LIMIT, ALPHA, S)

@@ -27,19 +27,14 @@ from moert.steps.streaming.stages import advance, ask, input_ring, rings
 
 @gluon.jit
 def _multiply(
-    weights,
-    scales,
-    zeros,
+    ring,
     xs,
-    x_ptr,
-    x_stride,
+    x,
     packed,
     packed_out,
     expert,
     tile,
-    w13_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     b13_ptr,
     h_ptr,
     K: gl.constexpr,
@@ -48,12 +43,17 @@ def _multiply(
     ALPHA: gl.constexpr,
     S: gl.constexpr,
 ):
-    """h of the rows [bm] that `packed` and `packed_out` name, in the layouts that x and h have."""
+    """h of the rows [bm] that `packed` and `packed_out` name, in the layouts that x and h have.
+
+    Args:
+        ring, w: as for `ask`; xs: of `input_ring`; x: pointer and distance of rows.
+    """
     e64 = expert.to(gl.int64)
+    x_ptr, x_stride = x
     live = (packed >> 24) < K  # padding carries K
     x_rows = x_ptr + gl.where(live, packed & 0xFFFFFF, 0).to(gl.int64) * x_stride
     for i in gl.static_range(S.stages - 1):
-        ask(weights, scales, zeros, i, tile, w13_ptr, scales_ptr, zeros_ptr, e64, S)
+        ask(ring, i, tile, w, e64, S)
         copy_inputs(xs, i, x_rows, live, i, S)
         async_copy.commit_group()
     row = (packed_out & 0xFFFFFF) * K + (packed_out >> 24)
@@ -61,22 +61,7 @@ def _multiply(
     stored = gl.expand_dims((packed_out >> 24) < K, 0)
     acc = gl.full([S.split, S.rows, S.bm], 0, gl.float32, S.mma)
     for step in range(S.iterations):
-        acc = advance(
-            acc,
-            weights,
-            scales,
-            zeros,
-            xs,
-            step,
-            tile,
-            w13_ptr,
-            scales_ptr,
-            zeros_ptr,
-            e64,
-            x_rows,
-            live,
-            S,
-        )
+        acc = advance(acc, ring, xs, step, tile, w, e64, x_rows, live, S)
         if step % S.steps == S.steps - 1:
             first = tile + (step // S.steps) * S.row_tiles
             n, h = intermediate(gl.sum(acc, 0), expert, first, b13_ptr, ACTIVATION, LIMIT, ALPHA, S)
@@ -87,20 +72,15 @@ def _multiply(
 
 @gluon.jit
 def _multiply_taken(
-    weights,
-    scales,
-    zeros,
+    ring,
     xs,
-    x_ptr,
-    x_stride,
+    x,
     sorted_token_ids,
     block,
     taken,
     expert,
     tile,
-    w13_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     b13_ptr,
     h_ptr,
     K: gl.constexpr,
@@ -114,27 +94,22 @@ def _multiply_taken(
     packed = load_rows(sorted_token_ids, block, taken, L, K, S)
     packed_out = load_rows(sorted_token_ids, block, taken, gl.SliceLayout(0, S.out), K, S)
     _multiply(
-        weights, scales, zeros, xs, x_ptr, x_stride, packed, packed_out, expert, tile,
-        w13_ptr, scales_ptr, zeros_ptr, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S,
+        ring, xs, x, packed, packed_out, expert, tile, w, b13_ptr, h_ptr,
+        K, ACTIVATION, LIMIT, ALPHA, S,
     )  # fmt: skip
 
 
 @gluon.jit
 def _multiply_blocks(
-    weights,
-    scales,
-    zeros,
+    ring,
     xs,
-    x_ptr,
-    x_stride,
+    x,
     sorted_token_ids,
     block,
     taken,
     expert,
     tile,
-    w13_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     b13_ptr,
     h_ptr,
     K: gl.constexpr,
@@ -147,18 +122,18 @@ def _multiply_blocks(
     """`taken` blocks, by the instructions for the fewest that hold them: WIDE, or more."""
     if S.together == WIDE:
         _multiply_taken(
-            weights, scales, zeros, xs, x_ptr, x_stride, sorted_token_ids, block, taken, expert, tile,
-            w13_ptr, scales_ptr, zeros_ptr, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S.taking(WIDE),
+            ring, xs, x, sorted_token_ids, block, taken, expert, tile, w, b13_ptr, h_ptr,
+            K, ACTIVATION, LIMIT, ALPHA, S.taking(WIDE),
         )  # fmt: skip
     elif taken <= WIDE:
         _multiply_taken(
-            weights, scales, zeros, xs, x_ptr, x_stride, sorted_token_ids, block, taken, expert, tile,
-            w13_ptr, scales_ptr, zeros_ptr, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S.taking(WIDE),
+            ring, xs, x, sorted_token_ids, block, taken, expert, tile, w, b13_ptr, h_ptr,
+            K, ACTIVATION, LIMIT, ALPHA, S.taking(WIDE),
         )  # fmt: skip
     else:
         _multiply_blocks(
-            weights, scales, zeros, xs, x_ptr, x_stride, sorted_token_ids, block, taken, expert, tile,
-            w13_ptr, scales_ptr, zeros_ptr, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 2 * WIDE, S,
+            ring, xs, x, sorted_token_ids, block, taken, expert, tile, w, b13_ptr, h_ptr,
+            K, ACTIVATION, LIMIT, ALPHA, 2 * WIDE, S,
         )  # fmt: skip
 
 
@@ -182,8 +157,8 @@ def gate_up_grouped_stream_kernel(
     PDL: gl.constexpr,
 ):
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
-    xs = input_ring(DTYPE, S)
+    ring, xs = rings(DTYPE, S), input_ring(DTYPE, S)
+    x, w = (x_ptr, x_stride), (w13_ptr, scales_ptr, zeros_ptr)
     tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
     block = gl.program_id(0) // S.tiles
     wait_for_predecessor(PDL)
@@ -199,8 +174,8 @@ def gate_up_grouped_stream_kernel(
         if taken == 0:
             return
     _multiply_blocks(
-        weights, scales, zeros, xs, x_ptr, x_stride, sorted_token_ids, block, taken, expert, tile,
-        w13_ptr, scales_ptr, zeros_ptr, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 1, S,
+        ring, xs, x, sorted_token_ids, block, taken, expert, tile, w, b13_ptr, h_ptr,
+        K, ACTIVATION, LIMIT, ALPHA, 1, S,
     )  # fmt: skip
 
 
@@ -227,8 +202,8 @@ def gate_up_gathered_stream_kernel(
     PDL: gl.constexpr,
 ):
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
-    weights, scales, zeros = rings(DTYPE, S)
-    xs = input_ring(DTYPE, S)
+    ring, xs = rings(DTYPE, S), input_ring(DTYPE, S)
+    x, w = (x_ptr, x_stride), (w13_ptr, scales_ptr, zeros_ptr)
     tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
     row = gl.program_id(0) // S.tiles
     wait_for_predecessor(PDL)
@@ -238,6 +213,6 @@ def gate_up_gathered_stream_kernel(
     if expert < 0:
         return
     _multiply(
-        weights, scales, zeros, xs, x_ptr, x_stride, input_layout(packed, S), output_layout(packed, S),
-        expert, tile, w13_ptr, scales_ptr, zeros_ptr, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S,
+        ring, xs, x, input_layout(packed, S), output_layout(packed, S), expert, tile, w, b13_ptr, h_ptr,
+        K, ACTIVATION, LIMIT, ALPHA, S,
     )  # fmt: skip

@@ -28,10 +28,10 @@ def taken_blocks(sorted_expert_ids, block, blocks, expert, S: gl.constexpr):
 
     Args:
         blocks: how many the sort has made.
-        expert: of this one, -1 past the last.
+        expert: of this one, which is one of them.
     """
     at = block - BEFORE + gl.arange(0, 2 * BEFORE, S.flat)
-    experts = gl.load(sorted_expert_ids + at, mask=(at >= 0) & (at < blocks), other=-2)
+    experts = gl.load(sorted_expert_ids + at, mask=(at >= 0) & (at < blocks), other=-1)
     same = experts == expert
     before = gl.sum((same & (at < block)).to(gl.int32), 0)
     after = gl.sum((same & (at >= block)).to(gl.int32), 0)

@@ -40,8 +40,15 @@ def input_ring(DTYPE: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def ask(weights, scales, zeros, it, tile, w_ptr, scales_ptr, zeros_ptr, expert, S: gl.constexpr):
-    """Ask for the weights of iteration `it` of one expert: row tiles from `tile` on, S.steps each."""
+def ask(ring, it, tile, w, expert, S: gl.constexpr):
+    """Ask for the weights of iteration `it` of one expert: row tiles from `tile` on, S.steps each.
+
+    Args:
+        ring: of `rings`.
+        w: pointers to weights or codes, scales and zero points.
+    """
+    weights, scales, zeros = ring
+    w_ptr, scales_ptr, zeros_ptr = w
     slot = it % S.stages
     tile = tile + (it // S.steps) * S.row_tiles
     inside = it < S.iterations
@@ -64,14 +71,15 @@ def ask(weights, scales, zeros, it, tile, w_ptr, scales_ptr, zeros_ptr, expert, 
 
 
 @gluon.jit
-def ask_by_slot(
-    weights, scales, zeros, it, tile, w_ptr, scales_ptr, zeros_ptr, experts, S: gl.constexpr
-):
+def ask_by_slot(ring, it, tile, w, experts, S: gl.constexpr):
     """`ask` where a program goes through a token's slots, S.steps parts of a slot at a time.
 
     Args:
+        ring, w: as for `ask`.
         experts: [asked, parts * split] int32 in shared memory, the expert of each part; -1 asks for nothing.
     """
+    weights, scales, zeros = ring
+    w_ptr, scales_ptr, zeros_ptr = w
     slot = it % S.stages
     if S.int4:
         CODES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, S.codes)))
@@ -167,9 +175,10 @@ def _values(ring, slot, part: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def take(weights, scales, zeros, it, S: gl.constexpr):
+def take(ring, it, S: gl.constexpr):
     """A stage in registers, before its place in the ring is given to another: weights, then scales and zero
     points, each a tuple with one for every group."""
+    weights, scales, zeros = ring
     slot = it % S.stages
     PARTS: gl.constexpr = S.parts
     scale = ()
@@ -239,40 +248,26 @@ def one_row(stage, S: gl.constexpr):
 
 
 @gluon.jit
-def advance(
-    acc,
-    weights,
-    scales,
-    zeros,
-    inputs,
-    it,
-    tile,
-    w_ptr,
-    scales_ptr,
-    zeros_ptr,
-    expert,
-    rows_ptr,
-    live,
-    S: gl.constexpr,
-):
+def advance(acc, ring, inputs, it, tile, w, expert, rows_ptr, live, S: gl.constexpr):
     """acc + w x of iteration `it` where rows are streamed beside one expert's weights; its stage is given
     to what is asked for next.
 
     Args:
+        ring, w: as for `ask`.
         inputs: the ring of rows; rows_ptr, live: as for `copy_inputs`.
     """
     async_copy.wait_group(S.stages - 2)
     nxt = it + S.stages - 1
     if S.piecewise:
-        acc = _add_piecewise(acc, weights, scales, zeros, inputs, it, S)
-        ask(weights, scales, zeros, nxt, tile, w_ptr, scales_ptr, zeros_ptr, expert, S)
+        acc = _add_piecewise(acc, ring, inputs, it, S)
+        ask(ring, nxt, tile, w, expert, S)
         copy_inputs(inputs, nxt % S.stages, rows_ptr, live, nxt, S)
         async_copy.commit_group()
     else:
-        taken = take(weights, scales, zeros, it, S)
+        taken = take(ring, it, S)
         rows = inputs.index(it % S.stages).slice(0, S.bm, 1)
         x = rows.permute((0, 2, 1)).load(S.b)
-        ask(weights, scales, zeros, nxt, tile, w_ptr, scales_ptr, zeros_ptr, expert, S)
+        ask(ring, nxt, tile, w, expert, S)
         copy_inputs(inputs, nxt % S.stages, rows_ptr, live, nxt, S)
         async_copy.commit_group()
         acc = add(acc, taken, x, None, it, None, S)
@@ -289,9 +284,10 @@ def _piece(product, total, codes, rows, PIECE: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def _add_piecewise(acc, weights, scales, zeros, inputs, it, S: gl.constexpr):
+def _add_piecewise(acc, ring, inputs, it, S: gl.constexpr):
     """acc + w x of iteration `it`, a block of columns (or a group, where that is less) at a time: operands of
     many rows in registers at once would leave room for few programs."""
+    weights, scales, zeros = ring
     slot = it % S.stages
     rows = inputs.index(slot).slice(0, S.bm, 1)
     PARTS: gl.constexpr = S.parts
