@@ -34,12 +34,14 @@ def step_label(kernel: str, cfg: MoEConfig, weights_format: str, tokens: int) ->
     """The name of the range around one kernel.
 
     Args:
-        kernel: its name; GEMMs begin with gate_up or down and say "direct" where rows are not sorted.
+        kernel: its name; GEMMs begin with gate_up or down and say "direct" or "gathered" where rows are not
+            sorted.
         weights_format: of the experts, as `FORMATS` has it, or "int4" and the like.
         tokens: M.
     """
     step = kernel.removesuffix("_kernel")
-    way = f"{'wvsplitk' if 'direct' in step else 'grouped'}_{weights_format}"
+    unsorted = "direct" in step or "gathered" in step
+    way = f"{'wvsplitk' if unsorted else 'grouped'}_{weights_format}"
     if step.startswith("gate_up"):
         return label(way, tokens, cfg.w13_rows, cfg.hidden_size, cfg)
     if step.startswith("down"):

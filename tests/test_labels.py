@@ -34,6 +34,7 @@ ANY = re.compile(r"fused_moe_(\w+) (\d+)x(\d+)x(\d+) E=(\d+) top_k=(\d+)")
     [
         ("gate_up_direct_kernel", "wvsplitk_bf16 4x1536x2048"),
         ("down_direct_kernel", "wvsplitk_bf16 4x2048x768"),
+        ("gate_up_gathered_stream_kernel", "wvsplitk_bf16 4x1536x2048"),
         ("gate_up_grouped_kernel", "grouped_bf16 4x1536x2048"),
         ("down_grouped_kernel", "grouped_bf16 4x2048x768"),
         ("combine_kernel", "combine 4x2048x8"),
