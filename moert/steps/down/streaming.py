@@ -16,14 +16,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
-from moert.steps.streaming.stages import (
-    add,
-    ask_by_slot,
-    group_sums,
-    one_row,
-    rings,
-    take,
-)
+from moert.steps.streaming.products import add, group_sums, one_row
+from moert.steps.streaming.stages import ask_by_slot, rings, take
 
 
 @gluon.jit

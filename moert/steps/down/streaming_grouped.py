@@ -16,6 +16,7 @@ from moert.steps.call_args import CALL_INTS, live_tokens, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.down.streaming import bias
 from moert.steps.streaming.copies import copy_inputs
+from moert.steps.streaming.products import advance
 from moert.steps.streaming.rows import (
     gathered_rows,
     input_layout,
@@ -23,7 +24,7 @@ from moert.steps.streaming.rows import (
     output_layout,
     taken_blocks,
 )
-from moert.steps.streaming.stages import advance, ask, input_ring, rings
+from moert.steps.streaming.stages import ask, input_ring, rings
 
 
 @gluon.jit

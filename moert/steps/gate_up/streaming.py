@@ -16,7 +16,8 @@ from moert.steps.activation.triton import activate
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
-from moert.steps.streaming.stages import add, ask, group_sums, one_row, rings, take
+from moert.steps.streaming.products import add, group_sums, one_row
+from moert.steps.streaming.stages import ask, rings, take
 
 
 @gluon.jit
