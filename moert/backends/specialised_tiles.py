@@ -11,8 +11,9 @@ from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
 from moert.quantization.int4_layout import columns_per_group
-from moert.steps.specialised.int4_shape import ROW_TILES, ROWS, SpecialisedInt4Shape
+from moert.steps.specialised.int4_shape import ROW_TILES, SpecialisedInt4Shape
 from moert.steps.specialised.shape import STEP, SpecialisedShape
+from moert.steps.weight_tiles import ROWS
 from moert.weights import ExpertWeights
 
 # blocks that go through the tiles side by side: T=512, E=8, K=2, H=4096, I=14336 on an H200, blocks of 128

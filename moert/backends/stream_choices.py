@@ -9,7 +9,7 @@ from moert.backends.stream_tiles import fits, refuses, stream_shape
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
-from moert.steps.streaming.shape import BLOCK, ROWS
+from moert.steps.weight_tiles import BLOCK, ROWS
 
 # row tiles a warp, warps over rows, warps over the reduction, blocks of 64 columns a step, stages, repeats.
 # The first of each list is where the others start from: the two GEMMs hardly influence each other. Of 36 to

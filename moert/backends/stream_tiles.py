@@ -6,7 +6,8 @@ from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Tile
 from moert.quantization.int4_layout import Int4Matrix, columns_per_group
-from moert.steps.streaming.shape import BLOCK, ROWS, StreamShape
+from moert.steps.streaming.shape import StreamShape
+from moert.steps.weight_tiles import BLOCK, ROWS
 from moert.weights import ExpertWeights
 
 

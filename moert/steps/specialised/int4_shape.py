@@ -8,14 +8,13 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 
 from moert.steps.specialised.shape import COPY_WARPS
+from moert.steps.weight_tiles import BLOCK, ROWS, WeightTiles
 
-BLOCK = 64  # columns of a block, `moert/quantization/int4_layout.py`; a stage holds one or two
 ROW_TILES = 16  # of a program, half of them each multiplying partition's
-ROWS = 16  # of a row tile
 
 
 @dataclass(frozen=True)
-class SpecialisedInt4Shape:
+class SpecialisedInt4Shape(WeightTiles):
     """A compile-time constant of the kernels; its properties are constants there too.
 
     Args:
@@ -45,11 +44,6 @@ class SpecialisedInt4Shape:
     programs: int
 
     @property
-    def row_blocks(self) -> int:
-        """KT, blocks of a row."""
-        return -(-self.reduction // BLOCK)
-
-    @property
     def steps(self) -> int:
         """Of a tile."""
         return -(-self.reduction // self.step)
@@ -58,11 +52,6 @@ class SpecialisedInt4Shape:
     def halves(self) -> int:
         """Blocks of a step."""
         return self.step // BLOCK
-
-    @property
-    def groups(self) -> int:
-        """GN, groups of a row."""
-        return -(-self.reduction // self.group)
 
     @property
     def parts(self) -> int:
@@ -81,11 +70,6 @@ class SpecialisedInt4Shape:
         values = 2 * self.row_tiles * ROWS * 2 * self.step_groups * (1 + self.zeros)
         ring = self.stages * (codes + values + self.bm * self.step * 2 + 16)
         return ring + 2048 * self.warps + 256
-
-    @property
-    def all_tiles(self) -> int:
-        """NT, row tiles of an expert."""
-        return -(-self.columns // (8 if self.paired else ROWS))
 
     @property
     def tiles(self) -> int:

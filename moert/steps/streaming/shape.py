@@ -7,12 +7,11 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-BLOCK = 64  # columns of a block, `moert/quantization/int4_layout.py`
-ROWS = 16  # of a row tile
+from moert.steps.weight_tiles import BLOCK, ROWS, WeightTiles
 
 
 @dataclass(frozen=True)
-class StreamShape:
+class StreamShape(WeightTiles):
     """A compile-time constant of the kernels; its properties are constants there too.
 
     Args:
@@ -83,21 +82,6 @@ class StreamShape:
     @property
     def piece(self) -> int:
         return min(BLOCK, self.group) if self.int4 else BLOCK
-
-    @property
-    def row_blocks(self) -> int:
-        """KT, blocks of a row."""
-        return -(-self.reduction // BLOCK)
-
-    @property
-    def groups(self) -> int:
-        """GN, groups of a row."""
-        return -(-self.reduction // self.group)
-
-    @property
-    def all_tiles(self) -> int:
-        """NT, row tiles of an expert."""
-        return -(-self.columns // (8 if self.paired else ROWS))
 
     @property
     def tiles(self) -> int:
