@@ -4,6 +4,9 @@ grouped: one program per (block of BM sorted rows, row tiles of w2), which may t
 own, too. gathered: one program per (routed row, row tiles), which takes all rows of its expert, or none; for
 up to BM tokens, without a sort. The combine step adds up. The routing, or the sort, is older than the gate/up
 GEMM: weights are asked for before the wait for h.
+
+The portable twins are the grouped kernels of `down/triton.py` and `down/int4.py`, and, of gathered, the direct
+ones.
 """
 
 from __future__ import annotations
