@@ -5,8 +5,8 @@ own, too. gathered: one program per (routed row, row tiles), which takes all row
 up to BM tokens, without a sort. The combine step adds up. The routing, or the sort, is older than the gate/up
 GEMM: weights are asked for before the wait for h.
 
-The portable twins are the grouped kernels of `down/triton.py` and `down/int4.py`, and, of gathered, the direct
-ones.
+The portable twins are the grouped kernels of `down/triton.py` and `down/int4.py`, and, of gathered,
+the direct ones.
 """
 
 from __future__ import annotations

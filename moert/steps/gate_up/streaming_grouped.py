@@ -4,8 +4,8 @@ grouped: one program per (block of BM sorted rows, row tiles of w13), which may 
 own, too. gathered: one program per (routed row, row tiles), which takes all rows of its expert, or none; for
 up to BM tokens, without a sort. Which rows these are: `moert/steps/streaming/rows.py`.
 
-The portable twins are the grouped kernels of `gate_up/triton.py` and `gate_up/int4.py`, and, of gathered, the direct
-ones.
+The portable twins are the grouped kernels of `gate_up/triton.py` and `gate_up/int4.py`, and, of gathered,
+the direct ones.
 """
 
 from __future__ import annotations
