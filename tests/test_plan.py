@@ -28,6 +28,15 @@ def test_a_choice_survives_json(strategy: str, rest: tuple[Any, ...]) -> None:
     assert eval(repr(choice)) == choice
 
 
+def test_rows_of_an_expert_survive_json() -> None:
+    """Gathered without a sort, taken together after one; the text says which."""
+    gathered = Tile(8, 64, 128, 8, 3, "gathered", 4, 2)
+    together = Tile(8, 64, 128, 8, 3, "stream", 4, 2, 4)
+    for choice in (Choice("none", gathered, STREAM), Choice("one_shot", together, together)):
+        assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
+    assert str(gathered).endswith("k4r2 gathered") and str(together).endswith("k4r2t4 stream")
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -42,10 +51,16 @@ def test_a_choice_survives_json(strategy: str, rest: tuple[Any, ...]) -> None:
         GOOD | {"gate_up": GOOD["gate_up"] | {"bl": 3}},
         *(
             GOOD | {"down": GOOD["down"] | {field: bad}}
-            for field in ("bm", "num_warps", "num_stages", "split", "repeats")
+            for field in ("bm", "num_warps", "num_stages", "split", "repeats", "together")
             for bad in (0, -4, 2.0, "4", None, True)
         ),
         *(GOOD | {"down": GOOD["down"] | {"kernel": bad}} for bad in ("streams", "", None, 1)),
+        # kernels that follow a sort, and that follow none
+        *(
+            GOOD | {"strategy": "none", "gate_up": GOOD["gate_up"] | more}
+            for more in ({"kernel": "specialised"}, {"kernel": "stream", "together": 2})
+        ),
+        GOOD | {"down": GOOD["down"] | {"kernel": "gathered"}},
         GOOD | {"dependent": 1},
         [],
         None,
