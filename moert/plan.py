@@ -91,6 +91,8 @@ class Choice:
                 raise ValueError(f"tile {tile} has a field that is no positive integer")
             if tile.kernel not in KERNELS:
                 raise ValueError(f"tile {tile}: kernel is not one of {', '.join(KERNELS)}")
+            if tile.together & (tile.together - 1):
+                raise ValueError(f"tile {tile}: together is no power of two")
             if (tile.kernel == "specialised" or tile.together > 1) and data["strategy"] == "none":
                 raise ValueError(f"tile {tile}: its kernels follow a sort")
             if tile.kernel == "gathered" and data["strategy"] != "none":

@@ -48,6 +48,7 @@ LAYERS = {
     "16 bits, biases": replace(WIDE, quant=None),
     "16 bits, ungated": MoEConfig(10, 2, 1040, 272, "relu2", gated=False, bias=True),
 }
+GEMMS = ("gate_up", "down")
 # of a device with so few, every workgroup has several pieces of a GEMM to go through
 FEW_UNITS = 7
 # (bucket, rows of the call): full, and with rows of the bucket to spare
@@ -245,7 +246,8 @@ def test_every_choice(name: str) -> None:
     portable = {k for k in kernels if "int4" in k} - specialised
     if torch.version.hip is None:
         served = "no stream" not in name and "order" not in name
-        assert len(streams) == (4 if served else 0)
+        ways = [f"{gemm}_{way}" for gemm in GEMMS for way in ("direct", "gathered", "grouped")]
+        assert streams == ({f"{way}_stream_kernel" for way in ways} if served else set())
         hopper = torch.cuda.get_device_capability() == (9, 0)
         assert len(specialised) == (2 if served and hopper else 0)
     assert len(portable) == (4 if cfg.quant else 0)

@@ -61,6 +61,7 @@ def test_rows_of_an_expert_survive_json() -> None:
             for more in ({"kernel": "specialised"}, {"kernel": "stream", "together": 2})
         ),
         GOOD | {"down": GOOD["down"] | {"kernel": "gathered"}},
+        GOOD | {"down": GOOD["down"] | {"kernel": "stream", "together": 3}},
         GOOD | {"dependent": 1},
         [],
         None,

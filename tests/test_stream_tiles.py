@@ -137,12 +137,13 @@ def test_every_tile_fits(name: str, arch: str) -> None:
         shape = stream_shape(cfg, tile, up=up, direct=direct)
         count += 1
         assert tile.kernel in ("stream", "gathered") and tile.bm in (8, 16)
+        assert tile.kernel == "stream" or (tile.bm == 8 and not direct)
         assert shape.shared_bytes(direct) <= facts.shared_memory
         assert shape.warps == tile.num_warps <= 16
         for size in (shape.row_tiles, shape.blocks, shape.split, shape.row_warps, shape.bm):
             assert size & (size - 1) == 0 and size > 0, tile
         assert shape.row_tiles % shape.row_warps == 0
-        assert shape.parts & (shape.parts - 1) == 0
+        assert shape.parts & (shape.parts - 1) == 0 and shape.parts <= (2 if shape.zeros else 4)
         if shape.groups > 1 and shape.int4:
             assert shape.group % shape.width == 0 or shape.parts * shape.group == shape.width
         assert shape.blocks == 1 or shape.width <= 2 * shape.reduction
@@ -246,6 +247,9 @@ def test_rows_an_expert_decide_how_many_a_program_takes() -> None:
         {8, 16, 32},
         {8, 16, 32},
     ]
+    for tokens, blocks in ((16, {8}), (64, {8, 16})):
+        found = list(grouped_choices(INT4, H200, "one_shot", tokens))
+        assert {c.gate_up.bm for c in found if c.gate_up} == blocks
     plain = replace(INT4, quant=None)
     assert rows(plain, 8) == {8} and rows(plain, 64) >= {8, 16, 32}
     # as many as any routing can give an expert, where that is all tokens

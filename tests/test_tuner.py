@@ -201,6 +201,16 @@ def test_a_record_that_these_weights_cannot_be_read_by_is_not_used(tmp_path: Pat
         assert (plan.choice, plan.source) == expected
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_a_neighbours_winner_is_tried_where_it_can_serve(able: bool, tmp_path: Path) -> None:
+    backend = FakeBackend()
+    backend.can_run = lambda choice, tokens: able or tokens <= 8 or choice != FAST
+    slow = Choice("one_shot", PHASED.gate_up, PHASED.down)
+    backend.candidates = lambda tokens, strategies: [DEFAULT, FAST if tokens == 8 else slow]
+    tune(tmp_path, FakeProbes({FAST: 50.0}), backend, sizes=[(8, True), (64, True)])
+    assert ((64, FAST) in backend.made) == able
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_record_of_other_versions(
     wrong: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -47,8 +47,9 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
         found = _direct(cfg, facts, tokens)
     else:
         found = _sorted(cfg, facts, tokens, strategy)
-        specialised = specialised_tiles.default(cfg, facts, strategy, rows / cfg.num_experts)
-        if copied and specialised is not None:
+        mean = rows / cfg.num_experts
+        specialised = specialised_tiles.default(cfg, facts, strategy, mean) if copied else None
+        if specialised is not None:
             return specialised
     return next(choice for choice in found if copied or _portable(choice))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from moert.backends.stream_tiles import fits, refuses, stream_shape
 from moert.config import MoEConfig
@@ -11,56 +12,82 @@ from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
 from moert.steps.weight_tiles import BLOCK, ROWS
 
-# row tiles a warp, warps over rows, warps over the reduction, blocks of 64 columns a step, stages, repeats.
-# The first of each list is where the others start from: the two GEMMs hardly influence each other. Of 36 to
-# 66 shapes timed on an H200 for each list, these few together were within 1% of the best in every cell of
-# four to five layers and five T (greedily chosen)
-_DIRECT_UP = (
-    *((2, 1, 2, 2, 4, 1), (1, 1, 2, 4, 3, 1), (2, 1, 2, 2, 3, 1), (2, 1, 4, 2, 4, 1)),
-    *((2, 1, 2, 4, 3, 1), (1, 1, 4, 4, 3, 1), (4, 1, 2, 4, 4, 1)),
+_Shape = tuple[int, int, int, int, int, int]
+_Shapes = tuple[_Shape, ...]
+
+
+class _Lists(NamedTuple):
+    """Shapes worth timing: row tiles a warp, warps over rows, warps over the reduction, blocks of 64 columns
+    a step, stages, repeats.
+
+    The first of each list is where the others start from: the two GEMMs hardly influence each other. Of 36 to
+    66 shapes timed on an H200 for each list of direct and grouped kernels, these few together were within 1%
+    of the best in every cell of four to five layers and five T (greedily chosen).
+
+    Args:
+        direct_up, direct_down: a row a program.
+        up, down: sorted rows, in blocks of 8.
+        gathered_up, gathered_down: all rows of an expert, without a sort.
+        summed_down: a token's experts a program, after gathered_up.
+    """
+
+    direct_up: _Shapes
+    direct_down: _Shapes
+    up: _Shapes
+    down: _Shapes
+    gathered_up: _Shapes
+    gathered_down: _Shapes
+    summed_down: _Shapes
+
+
+_INT4 = _Lists(
+    direct_up=(
+        *((2, 1, 2, 2, 4, 1), (1, 1, 2, 4, 3, 1), (2, 1, 2, 2, 3, 1), (2, 1, 4, 2, 4, 1)),
+        *((2, 1, 2, 4, 3, 1), (1, 1, 4, 4, 3, 1), (4, 1, 2, 4, 4, 1)),
+    ),
+    direct_down=(
+        *((2, 1, 8, 2, 4, 1), (2, 1, 4, 2, 3, 1), (1, 1, 4, 4, 6, 1), (4, 1, 4, 2, 4, 1)),
+        *((4, 1, 8, 2, 3, 1), (2, 1, 8, 2, 6, 1), (1, 1, 8, 2, 4, 1)),
+    ),
+    up=(
+        *((2, 4, 1, 2, 4, 1), (2, 4, 1, 4, 3, 1), (4, 4, 1, 4, 3, 1), (4, 4, 1, 2, 4, 1)),
+        *((4, 4, 1, 2, 3, 1), (2, 4, 1, 2, 3, 1)),
+    ),
+    down=(
+        *((2, 4, 1, 2, 3, 2), (2, 4, 1, 2, 4, 1), (1, 4, 2, 4, 3, 1), (2, 1, 4, 1, 4, 1)),
+        *((2, 2, 2, 2, 4, 1), (4, 4, 1, 1, 4, 2), (2, 4, 1, 2, 3, 4), (2, 2, 2, 1, 4, 1)),
+        *((2, 4, 1, 2, 3, 1), (4, 4, 1, 2, 3, 1)),
+    ),
+    gathered_up=((2, 4, 1, 2, 4, 1), (2, 4, 1, 4, 3, 1), (2, 2, 1, 2, 4, 1), (2, 1, 2, 2, 4, 1)),
+    gathered_down=((2, 4, 1, 2, 4, 1), (2, 4, 1, 2, 3, 2), (1, 4, 2, 4, 3, 1), (2, 2, 2, 2, 4, 1)),
+    summed_down=((4, 1, 4, 2, 4, 1), (2, 1, 4, 2, 3, 1), (4, 1, 8, 2, 3, 1)),
 )
-_DIRECT_DOWN = (
-    *((2, 1, 8, 2, 4, 1), (2, 1, 4, 2, 3, 1), (1, 1, 4, 4, 6, 1), (4, 1, 4, 2, 4, 1)),
-    *((4, 1, 8, 2, 3, 1), (2, 1, 8, 2, 6, 1), (1, 1, 8, 2, 4, 1)),
+# four times the bytes a step
+_16_BITS = _Lists(
+    direct_up=(
+        *((1, 1, 4, 2, 3, 1), (1, 1, 4, 1, 4, 1), (1, 1, 4, 2, 4, 1), (1, 1, 2, 2, 4, 1)),
+        *((2, 1, 2, 1, 4, 1), (2, 1, 4, 1, 3, 1), (1, 2, 2, 2, 3, 1)),
+    ),
+    direct_down=(
+        *((1, 1, 8, 1, 4, 1), (1, 1, 4, 2, 4, 1), (2, 1, 8, 1, 4, 1), (1, 1, 4, 2, 6, 1)),
+        *((1, 1, 4, 1, 6, 1), (1, 1, 4, 1, 3, 1), (2, 1, 4, 1, 3, 1), (2, 1, 8, 1, 3, 1)),
+    ),
+    up=(
+        *((2, 1, 4, 1, 3, 1), (1, 4, 1, 2, 3, 1), (2, 2, 2, 1, 3, 1), (1, 1, 4, 2, 4, 1)),
+        *((1, 1, 4, 1, 6, 1), (1, 8, 1, 1, 4, 1)),
+    ),
+    down=(
+        *((1, 4, 1, 2, 3, 2), (1, 4, 1, 1, 4, 2), (2, 2, 2, 1, 3, 2), (1, 2, 2, 2, 4, 1)),
+        *((1, 1, 4, 2, 4, 1), (1, 4, 1, 2, 3, 1), (1, 8, 1, 1, 4, 1), (1, 4, 1, 1, 4, 1)),
+    ),
+    gathered_up=((1, 1, 4, 2, 3, 1), (1, 1, 2, 2, 4, 1), (2, 2, 2, 1, 3, 1), (1, 1, 4, 1, 6, 1)),
+    gathered_down=((1, 4, 1, 2, 3, 2), (1, 2, 2, 2, 4, 1), (1, 1, 4, 2, 4, 1)),
+    summed_down=((1, 1, 4, 2, 4, 1), (1, 1, 8, 1, 4, 1), (1, 1, 4, 1, 6, 1)),
 )
-_UP = (
-    *((2, 4, 1, 2, 4, 1), (2, 4, 1, 4, 3, 1), (4, 4, 1, 4, 3, 1), (4, 4, 1, 2, 4, 1)),
-    *((4, 4, 1, 2, 3, 1), (2, 4, 1, 2, 3, 1)),
-)
-_DOWN = (
-    *((2, 4, 1, 2, 3, 2), (2, 4, 1, 2, 4, 1), (1, 4, 2, 4, 3, 1), (2, 1, 4, 1, 4, 1)),
-    *((2, 2, 2, 2, 4, 1), (4, 4, 1, 1, 4, 2), (2, 4, 1, 2, 3, 4), (2, 2, 2, 1, 4, 1)),
-    *((2, 4, 1, 2, 3, 1), (4, 4, 1, 2, 3, 1)),
-)
-# blocks of 16 tokens: what a warp widens serves twice as many, and x is read as often as fewer row tiles
+# int4 in blocks of 16 tokens: what a warp widens serves twice as many, and x is read as often as there are
+# fewer row tiles
 _TALL_UP = ((4, 4, 1, 2, 3, 1), (4, 4, 1, 1, 4, 1), (2, 4, 1, 2, 4, 1))
 _TALL_DOWN = ((4, 4, 1, 2, 3, 1), (2, 4, 1, 2, 4, 1), (4, 4, 1, 2, 3, 2))
-# all rows of an expert, without a sort
-_GATHERED_UP = ((2, 4, 1, 2, 4, 1), (2, 4, 1, 4, 3, 1), (2, 2, 1, 2, 4, 1), (2, 1, 2, 2, 4, 1))
-_GATHERED_DOWN = ((2, 4, 1, 2, 4, 1), (2, 4, 1, 2, 3, 2), (1, 4, 2, 4, 3, 1), (2, 2, 2, 2, 4, 1))
-_SUMMED_DOWN = ((4, 1, 4, 2, 4, 1), (2, 1, 4, 2, 3, 1), (4, 1, 8, 2, 3, 1))
-# 16-bit weights: four times the bytes a step
-_WIDE_DIRECT_UP = (
-    *((1, 1, 4, 2, 3, 1), (1, 1, 4, 1, 4, 1), (1, 1, 4, 2, 4, 1), (1, 1, 2, 2, 4, 1)),
-    *((2, 1, 2, 1, 4, 1), (2, 1, 4, 1, 3, 1), (1, 2, 2, 2, 3, 1)),
-)
-_WIDE_DIRECT_DOWN = (
-    *((1, 1, 8, 1, 4, 1), (1, 1, 4, 2, 4, 1), (2, 1, 8, 1, 4, 1), (1, 1, 4, 2, 6, 1)),
-    *((1, 1, 4, 1, 6, 1), (1, 1, 4, 1, 3, 1), (2, 1, 4, 1, 3, 1), (2, 1, 8, 1, 3, 1)),
-)
-_WIDE_UP = (
-    *((2, 1, 4, 1, 3, 1), (1, 4, 1, 2, 3, 1), (2, 2, 2, 1, 3, 1), (1, 1, 4, 2, 4, 1)),
-    *((1, 1, 4, 1, 6, 1), (1, 8, 1, 1, 4, 1)),
-)
-_WIDE_DOWN = (
-    *((1, 4, 1, 2, 3, 2), (1, 4, 1, 1, 4, 2), (2, 2, 2, 1, 3, 2), (1, 2, 2, 2, 4, 1)),
-    *((1, 1, 4, 2, 4, 1), (1, 4, 1, 2, 3, 1), (1, 8, 1, 1, 4, 1), (1, 4, 1, 1, 4, 1)),
-)
-_WIDE_GATHERED_UP = (
-    *((1, 1, 4, 2, 3, 1), (1, 1, 2, 2, 4, 1), (2, 2, 2, 1, 3, 1), (1, 1, 4, 1, 6, 1)),
-)
-_WIDE_GATHERED_DOWN = ((1, 4, 1, 2, 3, 2), (1, 2, 2, 2, 4, 1), (1, 1, 4, 2, 4, 1))
-_WIDE_SUMMED_DOWN = ((1, 1, 4, 2, 4, 1), (1, 1, 8, 1, 4, 1), (1, 1, 4, 1, 6, 1))
 
 # rows of a block, and tokens that a gathered tile has columns for
 LEAST = 8
@@ -69,28 +96,22 @@ LEAST = 8
 # programs fit, accumulators of a lane and shared memory
 _MOST_TOGETHER, _MOST_SUMS, _MOST_SHARED = 4, 32, 113 << 10
 
-_Shape = tuple[int, int, int, int, int, int]
-_Shapes = tuple[_Shape, ...]
-
 
 def direct_choices(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Iterator[Choice]:
     """Strategy "none": a program for each row; where there are few, also one for all rows of an expert."""
     if refuses(cfg, facts) is not None:
         return
-    up: _Shapes
-    down: _Shapes
-    up, down = (_DIRECT_UP, _DIRECT_DOWN) if cfg.quant else (_WIDE_DIRECT_UP, _WIDE_DIRECT_DOWN)
-    ups = _tiles(cfg, facts, up, LEAST, True, "stream")
-    yield from _pairs("none", ups, _tiles(cfg, facts, down, LEAST, False, "stream"), facts)
+    lists = _lists(cfg)
+
+    def tiles(shapes: _Shapes, up: bool, kernel: str) -> list[Tile]:
+        return _tiles(cfg, facts, shapes, up, LEAST, kernel, direct=kernel == "stream")
+
+    ups, downs = tiles(lists.direct_up, True, "stream"), tiles(lists.direct_down, False, "stream")
+    yield from _pairs("none", ups, downs, facts)
     if 1 < tokens <= LEAST:
-        up, down, summed = (
-            (_GATHERED_UP, _GATHERED_DOWN, _SUMMED_DOWN)
-            if cfg.quant
-            else (_WIDE_GATHERED_UP, _WIDE_GATHERED_DOWN, _WIDE_SUMMED_DOWN)
-        )
-        ups = _tiles(cfg, facts, up, LEAST, True, "gathered")
-        downs = _tiles(cfg, facts, down, LEAST, False, "gathered")
-        downs += _tiles(cfg, facts, summed, LEAST, False, "stream")
+        ups = tiles(lists.gathered_up, True, "gathered")
+        downs = tiles(lists.gathered_down, False, "gathered")
+        downs += tiles(lists.summed_down, False, "stream")
         yield from _pairs("none", ups, downs, facts)
 
 
@@ -100,34 +121,33 @@ def grouped_choices(
     """Sorted strategies."""
     if refuses(cfg, facts) is not None:
         return
-    mean = tokens * cfg.top_k / cfg.num_experts
-    lists = (_UP, _DOWN) if cfg.quant else (_WIDE_UP, _WIDE_DOWN)
+    mean, lists = tokens * cfg.top_k / cfg.num_experts, _lists(cfg)
     ups, downs = (
         [
             wide
-            for tile in _tiles(cfg, facts, shapes, LEAST, up, "grouped")
+            for tile in _tiles(cfg, facts, shapes, up, LEAST)
             for wide in _taken_together(cfg, tile, up, tokens, mean)
         ]
-        for shapes, up in zip(lists, (True, False), strict=True)
+        for shapes, up in ((lists.up, True), (lists.down, False))
     )
     yield from _pairs(strategy, ups, downs, facts)
     if cfg.quant is not None and mean > 3:
         tall = 2 * LEAST
-        ups = _tiles(cfg, facts, _TALL_UP, tall, True, "grouped")
-        yield from _pairs(
-            strategy, ups, _tiles(cfg, facts, _TALL_DOWN, tall, False, "grouped"), facts
-        )
+        ups = _tiles(cfg, facts, _TALL_UP, True, tall)
+        yield from _pairs(strategy, ups, _tiles(cfg, facts, _TALL_DOWN, False, tall), facts)
+
+
+def _lists(cfg: MoEConfig) -> _Lists:
+    return _16_BITS if cfg.quant is None else _INT4
 
 
 def _pairs(
     strategy: str, ups: list[Tile], downs: list[Tile], facts: DeviceFacts
 ) -> Iterator[Choice]:
     """One varied at a time."""
-    if not ups or not downs:
-        return
-    for up, down in ((ups[0], downs[0]), *((up, downs[0]) for up in ups[1:])):
-        yield Choice(strategy, up, down, facts.dependent_launch)
-    yield from (Choice(strategy, ups[0], down, facts.dependent_launch) for down in downs[1:])
+    if ups and downs:
+        yield from (Choice(strategy, up, downs[0], facts.dependent_launch) for up in ups)
+        yield from (Choice(strategy, ups[0], down, facts.dependent_launch) for down in downs[1:])
 
 
 def _taken_together(
@@ -159,16 +179,20 @@ def _roomy(cfg: MoEConfig, tile: Tile, up: bool) -> bool:
 
 
 def _tiles(
-    cfg: MoEConfig, facts: DeviceFacts, shapes: _Shapes, bm: int, up: bool, how: str
+    cfg: MoEConfig,
+    facts: DeviceFacts,
+    shapes: _Shapes,
+    up: bool,
+    bm: int,
+    kernel: str = "stream",
+    direct: bool = False,
 ) -> list[Tile]:
     """Those that fit, without repeats.
 
     Args:
-        how: "stream" for one row a program, "gathered" for an expert's without a sort, "grouped" after one.
+        direct: of kernels with one row a program, or one token.
     """
-    kernel = "gathered" if how == "gathered" else "stream"
     tiles = (_tile(cfg, shape, bm, up, kernel) for shape in shapes)
-    direct = how == "stream"
     return [t for t in dict.fromkeys(tiles) if fits(cfg, facts, t, up=up, direct=direct)]
 
 

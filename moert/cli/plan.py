@@ -27,7 +27,7 @@ from moert.device import KNOWN_DEVICES, DeviceFacts, device_facts
 from moert.env import Env, read_env
 from moert.plan import Plan, PlanReport
 from moert.share import Options, ResultBuffers
-from moert.tuning.candidates import allowed_candidates
+from moert.tuning.candidates import allowed_candidates, usable
 from moert.tuning.store import open_store
 
 EXAMPLES = """examples:
@@ -106,11 +106,10 @@ def make_report(
     plans = []
     for count, captured in plan_sizes(options):
         candidates = allowed_candidates(backend, count, options.sort_policy)
-        strategies = {choice.strategy for choice in candidates}
         found = [
             record
             for record in store.find(count, options.sort_policy)
-            if record.choice.strategy in strategies
+            if usable(backend, record.choice, count, candidates)
         ]
         provenance: dict[str, Any] = {}
         choice = candidates[0]

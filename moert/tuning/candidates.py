@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -45,6 +45,13 @@ def allowed_candidates(backend: Backend, tokens: int, policy: int) -> list[Choic
         return list(dict.fromkeys(found))
     # a backend that has nothing to choose says so by offering its default alone
     return list(dict.fromkeys((default, *found)))
+
+
+def usable(backend: Backend, choice: Choice, tokens: int, candidates: Sequence[Choice]) -> bool:
+    """Whether a bucket can take over a choice from elsewhere: sorted as its candidates are, by kernels that
+    can serve it."""
+    allowed = {candidate.strategy for candidate in candidates}
+    return choice.strategy in allowed and backend.can_run(choice, tokens)
 
 
 def crossed(medians: Mapping[Choice, float], most: int = 3) -> list[Choice]:

@@ -18,7 +18,7 @@ from moert.backends.base import Backend
 from moert.errors import StateError
 from moert.plan import Choice, Plan
 from moert.tuning.agree import agree
-from moert.tuning.candidates import allowed_candidates, crossed
+from moert.tuning.candidates import allowed_candidates, crossed, usable
 from moert.tuning.measure import level, steadiest
 from moert.tuning.probes import DeviceProbes, Probes
 from moert.tuning.progress import Progress
@@ -168,11 +168,9 @@ class Tuner:
     ) -> dict[int, Decision]:
         found = {}
         for tokens in sizes:
-            strategies = {choice.strategy for choice in candidates[tokens]}
             for record in self._store.find(tokens, self._policy):
-                usable = record.choice.strategy in strategies
-                usable = usable and self._backend.can_run(record.choice, tokens)
-                if usable and self._trusted(layer, tokens, record):
+                able = usable(self._backend, record.choice, tokens, candidates[tokens])
+                if able and self._trusted(layer, tokens, record):
                     found[tokens] = Decision(
                         record.choice, record.source, record.us, record.default_us
                     )
@@ -227,12 +225,7 @@ class Tuner:
     ) -> Decision | None:
         """Measure one bucket and keep the record; None where nothing could be."""
         default, winner = candidates[0], self._winner
-        strategies = {choice.strategy for choice in candidates}
-        if (
-            winner is not None
-            and winner.strategy in strategies
-            and self._backend.can_run(winner, tokens)
-        ):
+        if winner is not None and usable(self._backend, winner, tokens, candidates):
             # the neighbour's winner may be no candidate of this bucket's own list
             candidates = list(dict.fromkeys((*candidates, winner)))
         stages = iter((0.6, 0.7, 0.8, 0.9))
