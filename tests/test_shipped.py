@@ -50,8 +50,8 @@ def holds(choice: Choice, cfg: MoEConfig) -> bool:
     """Whether the shared memory of the device is enough for both tiles."""
     for tile, up in ((choice.gate_up, True), (choice.down, False)):
         assert tile is not None
-        if tile.kernel == "stream":
-            direct = choice.strategy == "none"
+        if tile.kernel in ("stream", "gathered"):
+            direct = choice.strategy == "none" and tile.kernel == "stream"
             needed = stream_shape(cfg, tile, up=up, direct=direct).shared_bytes(direct)
         elif tile.kernel == "specialised":
             shaped = specialised_shape if cfg.quant is None else specialised_int4_shape
