@@ -38,6 +38,11 @@ def layout(fields: Iterable[Field]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
+def absent_views(fields: Iterable[Field]) -> dict[str, torch.Tensor]:
+    """Stand-ins for the views of an arena that is not there: on the meta device, as aligned as those."""
+    return {f.name: torch.empty(f.shape, dtype=f.dtype, device="meta") for f in fields}
+
+
 class Arena:
     """Scratch of fixed size on one device.
 

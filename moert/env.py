@@ -147,6 +147,11 @@ def read_env(environ: Mapping[str, str] | None = None) -> Env:
     return Env(**found)  # type: ignore[arg-type]
 
 
+def environment_with(**changes: str) -> dict[str, str]:
+    """This process's environment with other variables, for a process to be started."""
+    return {**os.environ, **changes}
+
+
 @contextlib.contextmanager
 def without(*names: str) -> Iterator[None]:
     """For processes started meanwhile: the environment without these variables."""

@@ -15,11 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import triton
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from moert.call import POSITION
+from moert.compile_job import Attributes, CompileJob, make_job
 from moert.steps.call_args import CALL_ARGS
 
 Grid = tuple[int, int, int]
@@ -84,7 +82,7 @@ def in_a_row(launches: Sequence[Launch], dependent: bool) -> list[Launch]:
 
 def signature(
     launch: Launch, dtype: torch.dtype, aligned: bool, row_multiple: int
-) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+) -> tuple[dict[str, str], dict[str, Any], Attributes]:
     """Triton's signature, constants and divisibility attributes of a launch.
 
     Args:
@@ -94,7 +92,7 @@ def signature(
     """
     sig: dict[str, str] = {}
     constants = dict(launch.constants)
-    attrs: dict[tuple[int], list[list[Any]]] = {}
+    attrs: Attributes = {}
     for index, name in enumerate(launch.kernel.arg_names):
         if name in constants:
             sig[name] = "constexpr"
@@ -125,6 +123,19 @@ def _fixed_type(value: Any) -> tuple[str, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
 
 
+def compile_job(
+    launch: Launch, dtype: torch.dtype, aligned: bool = True, row_multiple: int = 16
+) -> CompileJob:
+    """What has to be compiled for a launch; arguments as for `signature`."""
+    sig, constants, attrs = signature(launch, dtype, aligned, row_multiple)
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **launch.options,
+    }
+    return make_job(launch.kernel, sig, constants, [index for (index,) in attrs], options)
+
+
 def compile_launch(
     launch: Launch,
     dtype: torch.dtype,
@@ -134,15 +145,7 @@ def compile_launch(
     target: Any = None,
 ) -> Any:
     """Compile for the current device, or for `target` (a `GPUTarget`) that need not be present."""
-    sig, constants, attrs = signature(launch, dtype, aligned, row_multiple)
-    make_source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = make_source(launch.kernel, sig, constants, attrs)
-    options = {
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        **launch.options,
-    }
-    return triton.compile(source, target=target, options=options)
+    return compile_job(launch, dtype, aligned, row_multiple).compile(target, launch.kernel)
 
 
 class CompiledLaunch:

@@ -6,7 +6,7 @@ adds the bucket, the kernels in launch order, the arena fields, and where the ch
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moert.arena import Field, layout
@@ -61,19 +61,42 @@ class Choice:
         strategy: how rows are sorted.
         gate_up, down: tiles of the two GEMMs; None on backends that have none to choose.
         dependent: each launch starts while its predecessor drains (programmatic dependent launch).
+        crowded: tiles of both GEMMs, of one BM, for calls whose rows crowd on few experts; launched too, and
+            the sort tells on the device which pair has something to do. None: the first two serve all.
     """
 
     strategy: str
     gate_up: Tile | None = None
     down: Tile | None = None
     dependent: bool = False
+    crowded: tuple[Tile, Tile] | None = None
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All there are, in the order of their launches."""
+        return tuple(filter(None, (*(self.crowded or ()), self.gate_up, self.down)))
+
+    @property
+    def crowded_bm(self) -> int:
+        """BM of the crowded tiles; 0 without."""
+        return self.crowded[0].bm if self.crowded else 0
+
+    @property
+    def reach(self) -> int:
+        """Rows of an expert that one reading of its weights serves, crowds apart."""
+        return max((t.bm * t.together for t in (self.gate_up, self.down) if t), default=0)
 
     def __str__(self) -> str:
         text = f"{self.strategy} gate_up={self.gate_up} down={self.down}"
+        if self.crowded:
+            text += f" crowded={self.crowded[0]}, {self.crowded[1]}"
         return f"{text} dependent" if self.dependent else text
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        if self.crowded is None:
+            del data["crowded"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Choice:
@@ -85,7 +108,12 @@ class Choice:
         if data["strategy"] not in STRATEGIES:
             raise ValueError(f"strategy={data['strategy']!r} is not one of {', '.join(STRATEGIES)}")
         tiles = {k: None if data[k] is None else Tile(**data[k]) for k in ("gate_up", "down")}
-        for tile in filter(None, tiles.values()):
+        crowded = data.get("crowded")
+        if crowded is not None:
+            up, down = crowded
+            crowded = Tile(**up), Tile(**down)
+        choice = cls(data["strategy"], tiles["gate_up"], tiles["down"], crowded=crowded)
+        for tile in choice.tiles:
             sizes = {name: value for name, value in asdict(tile).items() if name != "kernel"}
             if not all(type(v) is int and v > 0 for v in sizes.values()):
                 raise ValueError(f"tile {tile} has a field that is no positive integer")
@@ -100,7 +128,13 @@ class Choice:
         dependent = data.get("dependent", False)
         if type(dependent) is not bool:
             raise ValueError(f"dependent={dependent!r}: need true or false")
-        return cls(data["strategy"], tiles["gate_up"], tiles["down"], dependent)
+        if crowded is not None:
+            blocks = {tile.bm for tile in crowded}
+            if choice.gate_up is None or data["strategy"] == "none" or len(blocks) != 1:
+                raise ValueError(f"{choice}: crowded tiles have one BM, and follow a sort")
+            if choice.crowded_bm <= choice.gate_up.bm:
+                raise ValueError(f"{choice}: crowded tiles have a larger BM than the others")
+        return replace(choice, dependent=dependent)
 
 
 @dataclass(frozen=True, slots=True)

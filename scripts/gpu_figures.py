@@ -45,7 +45,8 @@ def _cases(part: str, *more: str) -> tuple[str, ...]:
 
 
 STEPS = (
-    Step("plans", ("scripts/ship_plans.py",)),
+    Step("plans", ("scripts/ship_plans.py", "--format", "bfloat16")),
+    Step("plans-int4", ("scripts/ship_plans.py", "--format", "int4")),
     # what is quick first: an interruption costs the least
     Step(
         "checks",
@@ -55,7 +56,7 @@ STEPS = (
         ),
     ),
     Step("layers", ("bench/bench_layer.py",), ("plans",)),
-    Step("layers-int4", ("bench/bench_layer.py", "--dtype", "int4"), ("plans",)),
+    Step("layers-int4", ("bench/bench_layer.py", "--dtype", "int4"), ("plans-int4",)),
     Step("skew", _cases("skew"), ("plans",)),
     Step("sort", ("bench/bench_sort.py",)),
     Step("policies", ("bench/bench_policies.py",)),

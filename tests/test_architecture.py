@@ -26,7 +26,7 @@ LAYERS = {
         *("weights", "weights_check"),
     ),
     "plan": ("arena", "call", "tensor_check", "checks", "labels", "plan"),
-    "launch": ("steps.call_args", "launch", "graph_nodes"),
+    "launch": ("steps.call_args", "compile_job", "launch", "graph_nodes"),
     "steps": ("steps",),
     "backends": ("backends",),
     "tuning": ("timing", "tuning"),

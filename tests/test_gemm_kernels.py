@@ -58,6 +58,29 @@ def test_every_row_of_every_step(name: str, layer: str) -> None:
     assert relative_error(case.out, expected) < TOLERANCE[case.out.dtype]
 
 
+@pytest.mark.parametrize("layer", ["odd", "gpt-oss", "ungated"])
+@pytest.mark.parametrize("strategy", ["one_shot", "multi_phase"])
+def test_tiles_for_crowds(strategy: str, layer: str) -> None:
+    """Whichever pair the sort gives rows to, every row is right; the other pair gets none."""
+    cfg, storage = LAYERS[layer]
+    crowd = Tile(32, 16, 16, 4, 1)
+    choice = Choice(strategy, SMALL, SMALL, crowded=(crowd, crowd))
+    backend = TritonBackend(cfg, make_weights(cfg, storage), device_facts(CPU))
+    for tokens, same in ((5, False), (33, True), (64, True)):
+        case = make_case(cfg, tokens)
+        if same:
+            case.topk.ids[:] = case.topk.ids[:1].clone()
+        views = run(backend, choice, case)
+        h, y = intermediates(cfg, backend.weights, case)
+        assert_rows(views["h"], h)
+        assert_rows(views["y"], y)
+        # 33 rows: three blocks of 16 are no twice two of 32
+        assert bool(views["num_valid_ids"][0]) == (tokens < 64)
+        assert bool(views["crowded_valid_ids"][0]) == (tokens == 64)
+        expected = experts_reference(case.x, case.topk, backend.weights, cfg)
+        assert relative_error(case.out, expected) < TOLERANCE[case.out.dtype]
+
+
 def test_sums_in_slot_order() -> None:
     """1e8 + 1 - 1e8 is 0 in float32, in any other order 1."""
     cfg = MoEConfig(3, 3, 1, 1, activation="relu2", gated=False, dtype="float32")

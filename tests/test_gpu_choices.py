@@ -81,7 +81,7 @@ def make_weights(name: str) -> ExpertWeights:
 
 
 def kernels_of(choice: Choice) -> set[str]:
-    return {tile.kernel for tile in (choice.gate_up, choice.down) if tile is not None}
+    return {tile.kernel for tile in choice.tiles}
 
 
 def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
@@ -94,11 +94,14 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     left_out = set(portable) if backend.cfg.quant is None else set(portable) - set(portable[::4])
     if backend.facts.compute_units == FEW_UNITS:
         return [choice for choice in found if kernels_of(choice) == {"specialised"}]
-    return [choice for choice in found if choice not in left_out]
+    # beside one of each strategy and kind, tiles for crowds
+    kinds = {(choice.strategy, *kernels_of(choice)): choice for choice in reversed(found)}
+    crowded = [c for choice in kinds.values() for c in backend.crowded_choices(choice, bucket)]
+    return [choice for choice in found if choice not in left_out] + crowded
 
 
 def calls(cfg: MoEConfig, weights: ExpertWeights, tokens: int) -> Iterator[Counted]:
-    """Of all rows, of some and the rest kept or cleared; a busy expert, a row that no expert has."""
+    """Of all rows, of some and the rest kept or cleared; a busy expert, a row that no expert has; a crowd."""
     nobody_lives = ((0, "keep"),) if tokens > 100 else ()
     for live, pad in ((None, "keep"), (tokens // 2, "keep"), (tokens // 2, "zero"), *nobody_lives):
         case = make_case(cfg, tokens)
@@ -113,6 +116,10 @@ def calls(cfg: MoEConfig, weights: ExpertWeights, tokens: int) -> Iterator[Count
             case.topk.weights[live:], case.topk.ids[live:] = float("nan"), 5
             expected = expected[:live]
         yield Counted(case, live, pad, expected)
+    case = make_case(cfg, tokens)
+    case.topk.ids[:] = case.topk.ids[:1].clone()
+    expected = experts_reference(case.x, case.topk, weights, cfg)
+    yield Counted(case, None, "keep", expected)
 
 
 def allocations() -> int:

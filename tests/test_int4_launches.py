@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from moert.arena import absent_views
 from moert.backends.int4_launches import widening
 from moert.backends.triton import TritonBackend
-from moert.cli.absent import absent_views, absent_weights
+from moert.cli.absent import absent_weights
 from moert.config import MoEConfig, Quant
 from moert.device import KNOWN_DEVICES, device_facts
 from moert.launch import Launch

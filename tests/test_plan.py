@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
 import pytest
@@ -37,9 +37,41 @@ def test_rows_of_an_expert_survive_json() -> None:
     assert str(gathered).endswith("k4r2 gathered") and str(together).endswith("k4r2t4 stream")
 
 
+CROWD = Tile(64, 256, 64, 8, 5, "specialised")
+CROWDED = Choice("multi_phase", TILE, TILE, True, (CROWD, CROWD))
+
+
+def test_tiles_for_crowds_survive_json() -> None:
+    """In the order of their launches; where there are none, nothing is said of them."""
+    assert Choice.from_json(json.loads(json.dumps(CROWDED.to_json()))) == CROWDED
+    assert eval(repr(CROWDED)) == CROWDED
+    assert CROWDED.tiles == (CROWD, CROWD, TILE, TILE)
+    assert (CROWDED.crowded_bm, CROWDED.reach) == (64, 16)
+    assert f"crowded={CROWD}, {CROWD} dependent" in str(CROWDED)
+    plain = Choice("one_shot", TILE, TILE)
+    assert "crowded" not in plain.to_json() and "crowded" not in str(plain)
+    assert (plain.crowded_bm, plain.tiles) == (0, (TILE, TILE))
+    together = Tile(8, 64, 128, 4, 3, "stream", together=4)
+    assert Choice("one_shot", together, Tile(8, 64, 64, kernel="stream")).reach == 32
+
+
 @pytest.mark.parametrize(
     "data",
     [
+        CROWDED.to_json() | {"strategy": "none"},
+        *(
+            CROWDED.to_json() | {"crowded": bad}
+            for bad in (
+                *([], [CROWD], "64x64", 7),
+                [asdict(CROWD)],
+                [asdict(CROWD)] * 3,
+                [asdict(CROWD), asdict(TILE)],
+                [asdict(TILE)] * 2,
+                [asdict(CROWD) | {"bm": -64}] * 2,
+                [asdict(CROWD) | {"kernel": "tall"}] * 2,
+            )
+        ),
+        GOOD | {"gate_up": None, "down": None, "crowded": [asdict(CROWD)] * 2},
         GOOD | {"strategy": "sorted"},
         GOOD | {"strategy": None},
         GOOD | {"strategy": ["none"]},

@@ -136,7 +136,18 @@ def test_a_benchmark_as_a_part(tmp_path: Path) -> None:
 
 def test_gpu_check_runs_only_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     parts = {"a": lambda part: True, "b": lambda part: False}
-    summary: list[str] = []
-    assert gpu_check.run_parts(parts, ["b"], summary) == {"b": {"passed": False}}
-    printed = capsys.readouterr().out
-    assert printed.startswith("FAIL  b  (0 s)") and printed.splitlines() == summary
+    assert gpu_check.run_parts(parts, ["b"]) == {"b": {"passed": False}}
+    assert capsys.readouterr().out == "FAIL  b  {} (0 s)\n"
+
+
+def test_gpu_check_keeps_what_was_not_asked_for(tmp_path: Path) -> None:
+    """Of the same device and versions; of others, or of no report at all, nothing."""
+    file, heading = tmp_path / "gpu_check.json", {"device": "A", "made_with": {"torch": "1"}}
+    assert gpu_check.kept(file, heading) == {}
+    file.write_text(
+        '{"device": "A", "made_with": {"torch": "1"}, "parts": {"a": {"passed": true}}}'
+    )
+    assert gpu_check.kept(file, heading) == {"a": {"passed": True}}
+    assert gpu_check.kept(file, {**heading, "device": "B"}) == {}
+    file.write_text("{")
+    assert gpu_check.kept(file, heading) == {}

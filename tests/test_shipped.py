@@ -48,8 +48,8 @@ def in_format(shape: tuple[int, int, int, int], quant: Quant | None) -> MoEConfi
 
 def holds(choice: Choice, cfg: MoEConfig) -> bool:
     """Whether the shared memory of the device is enough for both tiles."""
-    for tile, up in ((choice.gate_up, True), (choice.down, False)):
-        assert tile is not None
+    for number, tile in enumerate(choice.tiles):
+        up = number % 2 == 0
         if tile.kernel in ("stream", "gathered"):
             direct = choice.strategy == "none" and tile.kernel == "stream"
             needed = stream_shape(cfg, tile, up=up, direct=direct).shared_bytes(direct)

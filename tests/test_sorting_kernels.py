@@ -124,6 +124,94 @@ def test_few_rows_take_all_that_fit(case: Case) -> None:
     assert_sorted(buffers.rows, case, inputs)
 
 
+CROWDS = [
+    Case(40, 32, 4, 8, "one expert takes all", ids="same"),
+    Case(40, 32, 4, 8, "one hot expert", ids="hot"),
+    Case(40, 32, 4, 8, "few rows an expert"),
+    Case(64, 4, 2, 8, "every expert crowded"),
+    Case(64, 4, 2, 8, "every expert crowded, dead rows", live=37),
+    Case(64, 4, 2, 8, "no live token", live=0),
+    Case(48, 20, 4, 16, "masked", ids="hot", masked=True),
+    Case(50, 3, 2, 5, "blocks no powers of two"),
+]
+
+
+@pytest.mark.parametrize("reach", [1, 4])
+@pytest.mark.parametrize("case", CROWDS, ids=str)
+@pytest.mark.parametrize("kernel", ["few", "one_shot", "multi_phase"])
+@interpreted
+def test_blocks_for_crowds(
+    kernel: str, case: Case, reach: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one size or the other, as the rule says; what follows the other size finds no rows."""
+    if kernel == "one_shot":
+        monkeypatch.setattr(plans, "FEW_ROWS", -1)
+        monkeypatch.setattr(plans, "ONE_SHOT_TILE", 64)
+    strategy = "multi_phase" if kernel == "multi_phase" else "one_shot"
+    tall = case._replace(block=case.block * 2 * reach)
+    inputs = make_inputs(case)
+    both = zip(poisoned(case).rows, poisoned(tall).rows, strict=True)
+    longest = SortedRows(*(max(pair, key=torch.numel) for pair in both))
+    buffers = SortBuffers(longest, poisoned(tall).scratch)
+    crowded_valid = torch.full((3,), POISON, dtype=torch.int32)
+    views = {
+        **buffers.rows._asdict(),
+        "sort_scratch": buffers.scratch,
+        "crowded_valid_ids": crowded_valid,
+    }
+    launches = plans.sort_launches(
+        strategy,
+        H200,
+        *(case.tokens, case.experts, case.top_k, case.block),
+        views,
+        inputs.mask,
+        crowded_block_m=tall.block,
+        reach=reach * case.block,
+    )
+    run_interpreted(launches, launch_values(inputs), case.tokens)
+    crowded = layout.takes_crowded(rows_of_experts(case, inputs), reach * case.block, tall.block)
+    chosen = num_valid = buffers.rows.num_valid_ids
+    if crowded:
+        num_valid, chosen = chosen[:2].clone(), crowded_valid
+        buffers.rows.num_valid_ids[:2] = chosen[:2]
+        assert num_valid.tolist() == [0, chosen[1]]
+    else:
+        assert crowded_valid[:2].tolist() == [0, num_valid[1]]
+    assert crowded_valid[2] == POISON
+    assert_sorted(buffers.rows, tall if crowded else case, inputs)
+
+
+def rows_of_experts(case: Case, inputs: Inputs) -> list[int]:
+    ids = inputs.ids[: max(0, min(case.tokens, inputs.live))].flatten().tolist()
+    kept = [True] * case.experts if inputs.mask is None else [bool(m) for m in inputs.mask]
+    return [ids.count(expert) if kept[expert] else 0 for expert in range(case.experts)]
+
+
+def test_the_rule_of_crowds() -> None:
+    assert not layout.takes_crowded([0, 0], 8, 16)
+    assert not layout.takes_crowded([8, 8, 8, 0], 8, 16)
+    assert layout.takes_crowded([16, 0, 16], 8, 16)
+    # one hot expert among many is read again, the others are not
+    assert not layout.takes_crowded([64, *[4] * 127], 8, 64)
+    assert layout.takes_crowded([64] * 8, 32, 64)
+    assert not layout.takes_crowded([64] * 8, 64, 64)
+    # 9 readings for 5: not halved
+    assert not layout.takes_crowded([9 * 8], 8, 16)
+    assert layout.takes_crowded([2 * 8, 2 * 8, 3 * 8, 5], 8, 24)
+
+
+def test_crowds_are_among_the_tried() -> None:
+    """Of the cases above both sizes are taken, with either reach."""
+    for reach in (1, 4):
+        taken = {
+            layout.takes_crowded(
+                rows_of_experts(case, make_inputs(case)), reach * case.block, 2 * reach * case.block
+            )
+            for case in CROWDS
+        }
+        assert taken == {True, False}
+
+
 def test_padded_rows_within_int32() -> None:
     """The largest sort that is feasible keeps its positions below 2^31, padding and grid counted."""
     assert padded_rows(2**24 - 1, 64, 1024, 512) + 512 * 128 < 2**31
@@ -174,8 +262,10 @@ facts = KNOWN_DEVICES[arch]
 hip = facts.kind == "hip"
 target = GPUTarget("hip" if hip else "cuda", arch if hip else int(arch[3:]), facts.warp_size)
 for strategy, tokens in (("one_shot", 1), ("one_shot", 64), ("one_shot", 1024), ("multi_phase", 4096)):
-    views = {n: torch.empty(s, dtype=d) for n, s, d in sort_fields(strategy, tokens, 128, 8, 16)}
-    for launch in sort_launches(strategy, facts, tokens, 128, 8, 16, views):
+    crowded = {"crowded_block_m": 128} if tokens > 1 else {}
+    fields = sort_fields(strategy, tokens, 128, 8, 16, **crowded)
+    views = {n: torch.empty(s, dtype=d) for n, s, d in fields}
+    for launch in sort_launches(strategy, facts, tokens, 128, 8, 16, views, **crowded):
         kernel = compile_launch(launch, torch.bfloat16, target=target)
         text = kernel.asm.get("amdgcn", "")
         print(launch.name, kernel.metadata.shared <= shared_bytes(launch.constants["C"], 128))

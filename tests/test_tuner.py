@@ -26,6 +26,7 @@ from moert.device import device_facts
 from moert.env import SORT_POLICIES
 from moert.errors import StateError
 from moert.plan import Choice, Tile
+from moert.tuning import layer as layer_module
 from moert.tuning import trial as trial_module
 from moert.tuning.candidates import strategies_for
 from moert.tuning.tuner import plan_buckets
@@ -42,33 +43,6 @@ def test_the_fastest_wins_and_says_so(tmp_path: Path) -> None:
         assert plan.kernels == ("fake_one_shot",) and plan.fields[0].name == "h"
     # nothing timed is left on the device
     assert probes.repeats and not any(repeated.open for repeated in probes.repeats)
-
-
-@pytest.mark.parametrize(
-    ("us", "skewed", "choice"),
-    [
-        # level, and steadier where all tokens take the same experts
-        ({FAST: 50.0, PHASED: 50.9}, {FAST: 40.0, PHASED: 20.0}, PHASED),
-        ({FAST: 50.0, PHASED: 50.9}, {FAST: 20.0, PHASED: 40.0}, FAST),
-        # faster by more than the margin
-        ({FAST: 50.0, PHASED: 51.5}, {FAST: 40.0, PHASED: 20.0}, FAST),
-        # the default is protected as ever
-        ({FAST: 99.0, PHASED: 99.5}, {FAST: 40.0, PHASED: 20.0, DEFAULT: 90.0}, DEFAULT),
-        ({FAST: 97.5, PHASED: 98.5}, {FAST: 40.0, PHASED: 20.0, DEFAULT: 10.0}, FAST),
-    ],
-)
-def test_of_what_is_level_the_steadiest_wins(
-    us: dict[Choice, float], skewed: dict[Choice, float], choice: Choice, tmp_path: Path
-) -> None:
-    (plan,) = tune(tmp_path, FakeProbes(us, skewed=skewed), sizes=[(64, True)])
-    # what is told is the time by even routing
-    assert (plan.choice, plan.us) == (choice, us.get(choice, 100.0))
-
-
-def test_few_tokens_are_timed_by_even_routing_alone(tmp_path: Path) -> None:
-    probes = FakeProbes({FAST: 50.0, PHASED: 50.5}, skewed={FAST: 40.0, PHASED: 20.0})
-    (plan,) = tune(tmp_path, probes, sizes=[(8, True)])
-    assert plan.choice == FAST and not any(repeated.skewed for repeated in probes.repeats)
 
 
 A, B, C = (Tile(16, bn, 16) for bn in (16, 32, 64))
@@ -295,10 +269,10 @@ def test_out_of_memory_after_all(
 def test_copies_of_small_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = ExpertWeights.random(CFG)
     layer_bytes = weights.w13.nbytes + weights.w2.nbytes
-    monkeypatch.setattr(trial_module, "cache_bytes", lambda facts: layer_bytes)
+    monkeypatch.setattr(layer_module, "cache_bytes", lambda facts: layer_bytes)
     copies: list[int] = []
-    real = trial_module.copied
-    monkeypatch.setattr(trial_module, "copied", lambda w: copies.append(1) or real(w))
+    real = layer_module.copied
+    monkeypatch.setattr(layer_module, "copied", lambda w: copies.append(1) or real(w))
     plain: list[str] = []
     tune(tmp_path / "a", FakeProbes(free=1 << 30), notes=plain)
     assert len(copies) == 3  # made once for all buckets, four with the layer's own

@@ -24,6 +24,7 @@ from moert.tuning.check import (
     reference_on_host,
     relative_error,
 )
+from moert.tuning.layer import copied
 from moert.tuning.measure import (
     BARELY_COLD,
     COLD_CACHES,
@@ -31,14 +32,15 @@ from moert.tuning.measure import (
     MIN_CALLS,
     Rotation,
     cache_bytes,
+    contenders,
     distinct_experts,
     pick,
     plan_rotation,
     rotated_ids,
+    steadiest,
     successive_halving,
 )
 from moert.tuning.progress import Progress
-from moert.tuning.trial import copied
 from moert.weights import ExpertWeights
 
 MB = 1 << 20
@@ -352,3 +354,28 @@ def test_progress_is_silent_in_a_log() -> None:
     progress.update(1, "16 tokens")
     progress.close()
     assert stream.getvalue() == ""
+
+
+def test_contenders() -> None:
+    times = {"a": 100.0, "b": 101.0, "c": 102.5, "default": 103.5, "default*": 104.0}
+    assert contenders(times, "a", "default", ["c"]) == ["a", "b"]
+    # the default, kept, is replaced by its own variants alone, of those that were timed
+    assert contenders(times, "default", "default", ["default*", "untimed"]) == [
+        "default",
+        "default*",
+    ]
+    assert contenders({**times, "default*": 106.0}, "default", "default", ["default*"]) == [
+        "default"
+    ]
+    # others have to beat the default by the margin, as the base does
+    assert contenders({**times, "default": 102.5}, "a", "default") == ["a"]
+    assert contenders(times, "a", None) == ["a", "b"]
+
+
+def test_steadiest() -> None:
+    times = {"a": 100.0, "b": 101.0, "c": 101.5}
+    assert steadiest("a", times, {"a": 50.0, "b": 49.5, "c": 60.0}) == "a"
+    assert steadiest("a", times, {"a": 50.0, "b": 30.0, "c": 20.0}) == "c"
+    # level there: the faster by even routing
+    assert steadiest("a", times, {"a": 50.0, "b": 20.3, "c": 20.0}) == "b"
+    assert steadiest("a", times, {"b": 20.0}) == "a"

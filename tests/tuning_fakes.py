@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from moert.arena import Field
 from moert.backends.base import Backend, BlockSteps, Program, Router
 from moert.call import Call
+from moert.compile_job import CompileJob
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import STRATEGIES, Choice, Plan, Tile
@@ -62,6 +63,9 @@ class FakeBackend(Backend):
         spoil: what a choice's output goes through: (y, call, views) to y.
         broken: what making a program raises, by choice.
         scratch: bytes of a choice's arena field.
+        crowded: a choice with tiles for crowds beside its own.
+        kernels_of: names of what is compiled for a choice.
+        log: what happened, in order; shared with `FakeProbes.log` on request.
     """
 
     name = "triton"
@@ -80,7 +84,10 @@ class FakeBackend(Backend):
         self.spoil = {}
         self.broken: dict[Choice, Exception] = {}
         self.scratch: dict[Choice, int] = {}
+        self.crowded: dict[Choice, list[Choice]] = {}
         self.made: list[tuple[int, Choice]] = []
+        self.kernels_of: Callable[[int, Choice], tuple[str, ...]] = lambda tokens, choice: ()
+        self.log: list[tuple[str, Any]] = []
 
     @staticmethod
     def supports(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
@@ -93,11 +100,17 @@ class FakeBackend(Backend):
         others = [choice for choice in self.choices[1:] if choice.strategy in strategies]
         return [self.choices[0], *others]
 
+    def crowded_choices(self, choice: Choice, tokens: int) -> list[Choice]:
+        return self.crowded.get(choice, [])
+
     def fields(self, tokens: int, choice: Choice) -> tuple[Field, ...]:
         return (Field("h", (self.scratch.get(choice, 256),), torch.uint8),)
 
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
         return (f"fake_{choice.strategy}",)
+
+    def compile_jobs(self, tokens: int, choice: Choice) -> tuple[CompileJob, ...]:
+        return tuple(fake_job(name) for name in self.kernels_of(tokens, choice))
 
     def program(
         self,
@@ -109,6 +122,7 @@ class FakeBackend(Backend):
         kernel_cache: dict[Any, Any] | None = None,
     ) -> Program:
         self.made.append((tokens, choice))
+        self.log.append(("build", tokens))
         if choice in self.broken:
             raise self.broken[choice]
         return FakeProgram(self, choice, views)
@@ -133,6 +147,27 @@ class FakeRepeated:
         self.open = False
 
 
+class FakeAhead:
+    """Jobs that somebody is said to compile.
+
+    Args:
+        log: ("ahead", names), ("wait", names) and ("close", ()) are appended.
+    """
+
+    def __init__(self, log: list[tuple[str, Any]]) -> None:
+        self.log = log
+
+    def wait(self, jobs: Collection[CompileJob]) -> None:
+        self.log.append(("wait", tuple(job.name for job in jobs)))
+
+    def close(self) -> None:
+        self.log.append(("close", ()))
+
+
+def fake_job(name: str) -> CompileJob:
+    return CompileJob("nowhere", name, (), (), (), ())
+
+
 class FakeProbes:
     """A device whose times are planted.
 
@@ -154,6 +189,7 @@ class FakeProbes:
         self.timed: list[tuple[Choice, int]] = []
         self.repeats: list[FakeRepeated] = []
         self.before_time: Callable[[], None] = lambda: None
+        self.log: list[tuple[str, Any]] = []
 
     def versions(self) -> dict[str, str]:
         return {"triton": "2", "torch": "3", "driver": "4"}
@@ -166,6 +202,10 @@ class FakeProbes:
 
     def now(self) -> float:
         return self.seconds
+
+    def compile_ahead(self, jobs: Sequence[CompileJob]) -> FakeAhead:
+        self.log.append(("ahead", tuple(job.name for job in jobs)))
+        return FakeAhead(self.log)
 
     def build(self, makers: Sequence[Callable[[], Program]]) -> list[Program | Exception]:
         def build_one(maker: Callable[[], Program]) -> Program | Exception:

@@ -10,6 +10,7 @@ import torch
 
 from moert.arena import Field
 from moert.call import Call
+from moert.compile_job import CompileJob
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.labels import Labels, profiling
@@ -88,6 +89,11 @@ class Backend(ABC):
     def candidates(self, tokens: int, strategies: Sequence[str]) -> list[Choice]:
         """Choices worth timing that fit the device, the default first; pure."""
 
+    def crowded_choices(self, choice: Choice, tokens: int) -> list[Choice]:
+        """The choice with tiles for crowds beside its own, as `Choice.crowded` says, that fit the device;
+        pure."""
+        return []
+
     def can_run(self, choice: Choice, tokens: int) -> bool:
         """Whether the kernels of a choice can read these very weights, as they lie in memory, and serve up to
         `tokens` rows."""
@@ -104,6 +110,10 @@ class Backend(ABC):
     @abstractmethod
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
         """Kernel names in launch order: what a trace of one call shows; pure."""
+
+    def compile_jobs(self, tokens: int, choice: Choice) -> tuple[CompileJob, ...]:
+        """What `program` compiles for aligned calls, the keys of its `kernel_cache`; pure."""
+        return ()
 
     def plan(self, tokens: int, captured: bool, choice: Choice, **provenance: Any) -> Plan:
         """The plan for a choice; `provenance`: source, us, default_us of `Plan`."""

@@ -75,7 +75,7 @@ def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choi
     # inputs that may lie anywhere are loaded one by one, and take more registers
     warps = 4 if bm <= 32 and cfg.dtype != "float32" else 8
     up, down = _tiles(cfg, facts, bm, 4, warps, 1 if bm < LEAST_ROWS else 2, most=32)
-    return replace(choice, gate_up=up, down=down)
+    return replace(choice, gate_up=up, down=down, crowded=None)
 
 
 def candidates(
@@ -127,6 +127,14 @@ def _sorted(cfg: MoEConfig, facts: DeviceFacts, tokens: int, strategy: str) -> I
             up, down = _tiles(cfg, facts, bm, row_tiles, warps, stages)
             if all(_fits(tile, facts) for tile in (up, down)):
                 yield Choice(strategy, up, down, facts.dependent_launch)
+
+
+def tall_pair(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> tuple[Tile, Tile] | None:
+    """The likeliest tiles of blocks of BM rows; None where none fit."""
+    if cfg.dtype == "float32" and bm > FLOAT32_ROWS:
+        return None
+    pairs = (_tiles(cfg, facts, bm, *shape) for shape in _shapes(bm, cfg, facts))
+    return next((pair for pair in pairs if all(_fits(tile, facts) for tile in pair)), None)
 
 
 def _shapes(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> tuple[tuple[int, int, int], ...]:

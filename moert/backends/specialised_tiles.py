@@ -67,6 +67,14 @@ def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> I
         yield Choice(strategy, tile, tile, facts.dependent_launch)
 
 
+def tall_pairs(cfg: MoEConfig, facts: DeviceFacts, most: int) -> list[tuple[Tile, Tile]]:
+    """Tiles of blocks of 64 rows up to `most`, the tallest first."""
+    if refuses(cfg, facts) is not None:
+        return []
+    tiles = [t for t in _tiles(cfg) if 64 <= t.bm <= most and fits(cfg, facts, t)]
+    return [(tile, tile) for tile in sorted(tiles, key=lambda tile: -tile.bm)]
+
+
 def default(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Choice | None:
     """The choice made without measurement; None where other kernels are as good."""
     least = DEFAULT_MEAN if cfg.quant is None else DEFAULT_INT4_MEAN

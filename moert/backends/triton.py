@@ -2,7 +2,7 @@
 
 Strategy "none": two launches, gate/up and down, each program finding its expert by itself, and combine where
 programs of the down GEMM have one expert each. Sorted strategies: sort (one or more launches), gate/up, down,
-combine. Every sum has a fixed order.
+combine; both GEMMs twice where a plan has tiles for crowds. Every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from moert.arena import Field
-from moert.backends import int4_tiles, specialised_tiles, stream_tiles, triton_tiles
+from moert.arena import Field, absent_views
+from moert.backends import crowded_tiles, int4_tiles, specialised_tiles, stream_tiles, triton_tiles
 from moert.backends.base import Backend, BlockSteps, Program, Router, slot_fields
 from moert.backends.triton_block import TritonBlockSteps, logits_field
 from moert.backends.triton_launches import Views, direct_launches, grouped_launches
 from moert.backends.triton_router import make_router
 from moert.call import Call
+from moert.compile_job import CompileJob
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.labels import Labels
-from moert.launch import CompiledLaunch, Launch, compile_launch, run_interpreted, signature
+from moert.launch import CompiledLaunch, Launch, compile_job, run_interpreted
 from moert.plan import Choice
 from moert.steps.routing.triton import MAX_EXPERTS
 from moert.steps.sorting.launches import feasible, sort_fields, sort_launches
@@ -59,17 +60,22 @@ class TritonBackend(Backend):
         able_to = [choice for choice in found if self.can_run(choice, tokens)]
         return list(dict.fromkeys((self.default_choice(tokens), *able_to)))
 
+    def crowded_choices(self, choice: Choice, tokens: int) -> list[Choice]:
+        found = crowded_tiles.choices(self.cfg, self.facts, choice, tokens)
+        return [choice for choice in found if self.can_run(choice, tokens)]
+
     @property
     def _tiles(self) -> Any:
         """The module that chooses tiles for these weights."""
         return triton_tiles if self.cfg.quant is None else int4_tiles
 
     def can_run(self, choice: Choice, tokens: int) -> bool:
-        tiles = [tile for tile in (choice.gate_up, choice.down) if tile is not None]
+        tiles = choice.tiles
         if any(tile.kernel == "gathered" and tile.bm < tokens for tile in tiles):
             return False
         if any(tile.kernel == "specialised" for tile in tiles):
-            fits = [specialised_tiles.fits(self.cfg, self.facts, tile) for tile in tiles]
+            special = [tile for tile in tiles if tile.kernel == "specialised"]
+            fits = [specialised_tiles.fits(self.cfg, self.facts, tile) for tile in special]
             return all(fits) and specialised_tiles.readable(self.weights)
         return all(t.kernel == "tile" for t in tiles) or stream_tiles.readable(self.weights)
 
@@ -84,13 +90,20 @@ class TritonBackend(Backend):
         assert choice.gate_up is not None and choice.down is not None
         if choice.strategy == "none":
             return (h, y) if choice.down.kernel == "gathered" else (h,)
-        sort = sort_fields(choice.strategy, tokens, cfg.num_experts, cfg.top_k, choice.gate_up.bm)
+        sizes = (cfg.num_experts, cfg.top_k, choice.gate_up.bm, choice.crowded_bm)
+        sort = sort_fields(choice.strategy, tokens, *sizes)
         return (*(Field(*f) for f in sort), h, y)
 
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
-        fields = self.fields(tokens, choice)
-        absent = {f.name: torch.empty(f.shape, dtype=f.dtype, device="meta") for f in fields}
-        return tuple(launch.name for launch in self.launches(tokens, choice, absent))
+        return tuple(launch.name for launch in self._absent_launches(tokens, choice))
+
+    def compile_jobs(self, tokens: int, choice: Choice) -> tuple[CompileJob, ...]:
+        if self.facts.kind == "cpu":
+            return ()
+        return tuple(self._job(launch, True) for launch in self._absent_launches(tokens, choice))
+
+    def _absent_launches(self, tokens: int, choice: Choice) -> list[Launch]:
+        return self.launches(tokens, choice, absent_views(self.fields(tokens, choice)))
 
     def launches(self, tokens: int, choice: Choice, views: Views) -> list[Launch]:
         """The launches of a plan in order; pure but for the tensors it names.
@@ -112,6 +125,8 @@ class TritonBackend(Backend):
             choice.gate_up.bm,
             views,
             dependent=choice.dependent,
+            crowded_block_m=choice.crowded_bm,
+            reach=choice.reach,
         )
         return [*sort, *grouped_launches(cfg, weights, self.facts, choice, views)]
 
@@ -179,23 +194,14 @@ class TritonBackend(Backend):
     def row_multiple(self) -> int:
         return 16 if self.cfg.hidden_size % 16 == 0 else 1
 
+    def _job(self, launch: Launch, aligned: bool) -> CompileJob:
+        return compile_job(launch, self.cfg.torch_dtype, aligned, self.row_multiple)
+
     def _compile(self, launch: Launch, aligned: bool, cache: dict[Any, Any]) -> CompiledLaunch:
-        dtype = self.cfg.torch_dtype
-        sig, constants, attrs = signature(launch, dtype, aligned, self.row_multiple)
-        key = (
-            launch.kernel,
-            tuple(sig.items()),
-            tuple(constants.items()),
-            tuple(attrs),
-            launch.num_warps,
-            launch.num_stages,
-            tuple(launch.options.items()),
-        )
-        if key not in cache:
-            cache[key] = compile_launch(
-                launch, dtype, aligned=aligned, row_multiple=self.row_multiple
-            )
-        return CompiledLaunch(launch, cache[key])
+        job = self._job(launch, aligned)
+        if job not in cache:
+            cache[job] = job.compile(kernel=launch.kernel)
+        return CompiledLaunch(launch, cache[job])
 
 
 class CompiledProgram(Program):

@@ -46,14 +46,31 @@ def direct_launches(
 def grouped_launches(
     cfg: MoEConfig, weights: ExpertWeights, facts: DeviceFacts, choice: Choice, views: Views
 ) -> list[Launch]:
-    """What follows a sort: gate/up and down by (block of BM sorted rows, columns), combine."""
-    up, down = _tiles(choice)
-    launches = [
+    """What follows a sort: gate/up and down by (block of BM sorted rows, columns), combine.
+
+    The pair for crowds goes first: mostly it has nothing to do, and the other one's programs are then behind
+    the sort nearly as soon as without it.
+    """
+    launches = []
+    if choice.crowded:
+        crowd = {**views, "num_valid_ids": views["crowded_valid_ids"]}
+        launches += _pair(cfg, weights, facts, choice.crowded, crowd)
+    launches += _pair(cfg, weights, facts, _tiles(choice), views)
+    return in_a_row([*launches, _combine(cfg, views)], choice.dependent)
+
+
+def _pair(
+    cfg: MoEConfig,
+    weights: ExpertWeights,
+    facts: DeviceFacts,
+    tiles: tuple[Tile, Tile],
+    views: Views,
+) -> list[Launch]:
+    up, down = tiles
+    return [
         _gate_up(cfg, weights, facts, up, views, False),
         _down(cfg, weights, facts, down, views, False),
-        _combine(cfg, views),
     ]
-    return in_a_row(launches, choice.dependent)
 
 
 def _gate_up(

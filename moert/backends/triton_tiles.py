@@ -63,6 +63,14 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
     return _smallest(strategy, facts)
 
 
+def tall_pair(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> tuple[Tile, Tile] | None:
+    """The default tiles of blocks of BM rows; None where none fit."""
+    if bm > most_rows(cfg, facts):
+        return None
+    tile = next((tile for tile in _default_tiles(bm, cfg, facts) if _fits(tile, cfg, facts)), None)
+    return None if tile is None else (tile, tile)
+
+
 def _smallest(strategy: str, facts: DeviceFacts) -> Choice:
     tile = Tile(16, 16, 32, 4, 1)
     return Choice(strategy, tile, tile, facts.dependent_launch)
@@ -85,7 +93,7 @@ def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choi
     if choice.strategy == "none":
         return replace(direct_choice(cfg, facts), dependent=choice.dependent)
     tile = careful_tile(choice.gate_up.bm, cfg, facts)
-    return replace(choice, gate_up=tile, down=tile)
+    return replace(choice, gate_up=tile, down=tile, crowded=None)
 
 
 def _default_tiles(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
-from moert.arena import Field
 from moert.config import MoEConfig
 from moert.quantization.int4_layout import empty_matrix
 from moert.weights import ExpertWeights, Matrix
@@ -43,8 +40,3 @@ def absent_weights(
         correction = torch.empty(routed, dtype=torch.float32, device="meta")
     gate = empty(1, hidden) if cfg.shared_gate else None
     return ExpertWeights(w13, w2, b13, b2, correction, interleaved=interleaved, shared_gate=gate)
-
-
-def absent_views(fields: Iterable[Field]) -> dict[str, torch.Tensor]:
-    """Arena views without storage."""
-    return {f.name: torch.empty(f.shape, dtype=f.dtype, device="meta") for f in fields}

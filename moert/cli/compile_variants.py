@@ -10,10 +10,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from moert.arena import absent_views
 from moert.backends.aiter import AiterBackend
 from moert.backends.triton import TritonBackend
 from moert.backends.triton_router import LOGITS_DTYPES, routing_source
-from moert.cli.absent import absent_views, absent_weights
+from moert.cli.absent import absent_weights
 from moert.config import MoEConfig
 from moert.device import KNOWN_DEVICES
 from moert.env import SORT_POLICIES
@@ -102,7 +103,9 @@ class Variant:
             return None
         backend = self.layer.backend(self.arch)
         choice = self.choice if self.aligned else backend.unaligned(self.choice)
-        return choice.gate_up if self.kernel.startswith("gate_up") else choice.down
+        launches = planned_launches(backend, self.tokens, self.choice, self.aligned)
+        before = [launch.name for launch in launches[: self.index]]
+        return choice.tiles[sum(name.startswith(("gate_up", "down")) for name in before)]
 
     @property
     def needs_matrix(self) -> bool:
@@ -169,6 +172,7 @@ def plan_variants(
         choices += [r.choice for policy in SORT_POLICIES for r in shipped.find(tokens, policy)]
         if all_candidates:
             choices += backend.candidates(tokens, STRATEGIES)
+            choices += backend.crowded_choices(choices[0], tokens)
         for choice in dict.fromkeys(choices):
             for aligned in (True, False):
                 launches = planned_launches(backend, tokens, choice, aligned)

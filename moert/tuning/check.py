@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -23,6 +23,21 @@ WORST_ROW: Final = 4.0  # a single row may be this many times worse than the who
 SAMPLE: Final = 16  # rows that are compared with the reference
 HOST_SAMPLE: Final = 2  # where the device has no memory for it
 CHUNK: Final = 256  # rows compared at once, to bound the memory of the comparison
+
+
+@dataclass
+class Crowd:
+    """All tokens on the same experts.
+
+    Args:
+        rows, expected: the sample, [rows, H] float32.
+        baseline: [T, H] of the first program that passed.
+    """
+
+    topk: TopK
+    rows: torch.Tensor
+    expected: torch.Tensor
+    baseline: torch.Tensor | None = None
 
 
 class Check:
@@ -51,9 +66,12 @@ class Check:
         self.out = torch.empty_like(self.x)
         self.live = tokens - tokens // 4
         self._num_valid = torch.tensor(self.live, dtype=torch.int32, device=device)
+        self._crowd_valid = torch.empty_like(self._num_valid)
         self._tail = self.x[self.live :].clone()
         self._baseline: torch.Tensor | None = None
-        self.rows, self._expected = self._reference(cfg, weights)
+        self._layer = cfg, weights
+        self.rows, self._expected = self._reference(self.topk)
+        self._crowd: Crowd | None = None
 
     @property
     def possible(self) -> bool:
@@ -100,6 +118,35 @@ class Check:
             self._baseline = self.out.clone()
         return fault
 
+    def crowded_fault(
+        self, run: Callable[[Call], None], call: Call, arena: Arena, crowded_bm: int
+    ) -> str | None:
+        """`fault` where all tokens take the same experts: what a choice has for crowds runs then.
+
+        Args:
+            crowded_bm: BM of that; as many rows are live as certainly make a crowd. 0: all rows, as a
+                baseline for others.
+        """
+        if self._crowd is None:
+            ids = self.topk.ids[:1].expand(self.tokens, -1).contiguous()
+            topk = TopK(self.topk.weights, ids)
+            self._crowd = Crowd(topk, *self._reference(topk))
+        crowd, live = self._crowd, self.tokens
+        if crowded_bm and live > crowded_bm:
+            live -= live % crowded_bm
+        arena.poison()
+        self.out.fill_(float("nan"))
+        self._crowd_valid.fill_(live)
+        set_call(call, self.x, crowd.topk, self.out, self._crowd_valid)
+        run(call)
+        here = crowd.rows < live
+        fault = self._compare(self.out[crowd.rows[here]], crowd.expected[here], "the reference")
+        if fault is None and crowd.baseline is not None:
+            fault = self._compare(self.out[:live], crowd.baseline[:live], "a checked candidate")
+        elif fault is None and live == self.tokens:
+            crowd.baseline = self.out.clone()
+        return None if fault is None else f"all tokens on the same experts: {fault}"
+
     def _compare(self, got: torch.Tensor, want: torch.Tensor, what: str) -> str | None:
         whole, worst = relative_error(got, want)
         if whole <= self.tolerance and worst <= WORST_ROW * self.tolerance:
@@ -109,17 +156,16 @@ class Check:
             f"allowed {self.tolerance:.2g}"
         )
 
-    def _reference(
-        self, cfg: MoEConfig, weights: ExpertWeights
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reference(self, routing: TopK) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, their expected output [rows, H] float32)."""
+        cfg, weights = self._layer
         try:
             rows = _spread(self.tokens, SAMPLE, weights.device)
-            topk = TopK(self.topk.weights[rows], self.topk.ids[rows])
+            topk = TopK(routing.weights[rows], routing.ids[rows])
             return rows, experts_reference(self.x[rows], topk, weights, cfg)
         except torch.OutOfMemoryError:
             rows = _spread(self.tokens, HOST_SAMPLE, weights.device)
-            topk = TopK(self.topk.weights[rows].cpu(), self.topk.ids[rows].cpu())
+            topk = TopK(routing.weights[rows].cpu(), routing.ids[rows].cpu())
             expected = reference_on_host(self.x[rows].cpu(), topk, weights, cfg)
             return rows, expected.to(weights.device)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -164,20 +164,39 @@ def level(medians: dict[T, float], margin: float = MARGIN) -> dict[T, float]:
     return {entrant: us for entrant, us in medians.items() if us <= limit}
 
 
-def steadiest(medians: dict[T, float], skewed: dict[T, float], anchor: T | None) -> T:
-    """The choice of `pick`; where that is not the anchor, of those level with the fastest that beat the
-    anchor too, the one that loses least where routing is as uneven as can be.
+def contenders(
+    medians: dict[T, float], base: T, anchor: T | None, of_base: Collection[T] = ()
+) -> list[T]:
+    """The base, and what may stand in for it: no slower than by the margin, and if the base is not the
+    anchor, faster than that by the margin.
 
     Args:
         medians: by even routing.
-        skewed: of those that are level, by uneven routing; what could not be timed so is missing.
+        base: as `pick` says.
+        of_base: variants of the base. The anchor is replaced by no others.
     """
-    best = pick(medians, anchor)
-    if best == anchor:
-        return best
-    limit = (1.0 - MARGIN) * medians[anchor] if anchor in medians else math.inf
-    able = [e for e in level(medians) if e in skewed and medians[e] <= limit]
-    return min(able, key=lambda e: (skewed[e], medians[e]), default=best)
+    limit = medians[base] / (1.0 - MARGIN)
+    if base == anchor:
+        able = [e for e in of_base if medians.get(e, math.inf) <= limit]
+    else:
+        if anchor in medians:
+            limit = min(limit, (1.0 - MARGIN) * medians[anchor])
+        able = [e for e, us in medians.items() if us <= limit]
+    return [base, *(e for e in able if e != base)]
+
+
+def steadiest(base: T, medians: dict[T, float], skewed: dict[T, float]) -> T:
+    """The base, or of its contenders one that is faster by the margin where routing is as uneven as can be;
+    of those that are level there, the one that is fastest by even routing.
+
+    Args:
+        medians: by even routing.
+        skewed: of the base and its contenders, by uneven routing; what could not be timed so is missing.
+    """
+    if base not in skewed:
+        return base
+    able = {e: us for e, us in skewed.items() if us <= (1.0 - MARGIN) * skewed[base]}
+    return min(level(able), key=medians.__getitem__) if able else base
 
 
 def pick(medians: dict[T, float], anchor: T | None, margin: float = MARGIN) -> T:

@@ -13,6 +13,8 @@ import torch
 
 from moert.backends.base import Program
 from moert.call import Call
+from moert.compile_job import CompileJob
+from moert.tuning.compile_ahead import Ahead, compile_ahead
 
 Maker = Callable[[], Program]
 # one call of a timed graph: sets up the call object, then enqueues a program on a raw stream handle
@@ -46,6 +48,9 @@ class Probes(Protocol):
 
     def now(self) -> float:
         """Seconds of a clock that never goes back."""
+
+    def compile_ahead(self, jobs: Sequence[CompileJob]) -> Ahead:
+        """Start to compile in the order given, elsewhere; `build` then finds what is done."""
 
     def build(self, makers: Sequence[Maker]) -> list[Program | Exception]:
         """Compile and bind; what a maker raised stands in its place."""
@@ -102,6 +107,10 @@ class DeviceProbes:
 
     def now(self) -> float:
         return time.perf_counter()
+
+    def compile_ahead(self, jobs: Sequence[CompileJob]) -> Ahead:
+        with torch.cuda.device(self._device):
+            return compile_ahead(jobs)
 
     def build(self, makers: Sequence[Maker]) -> list[Program | Exception]:
         def build_one(maker: Maker) -> Program | Exception:

@@ -6,78 +6,25 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from moert.arena import Arena, layout
 from moert.backends.base import Backend, Program
+from moert.call import Call
 from moert.plan import Choice
-from moert.quantization.int4_layout import Int4Matrix
 from moert.topk import TopK
 from moert.tuning.check import Check, new_call, set_call
-from moert.tuning.measure import (
-    Rotation,
-    cache_bytes,
-    distinct_experts,
-    plan_rotation,
-    rotated_ids,
-    same_experts,
-    successive_halving,
-)
-from moert.tuning.probes import Enqueue, Probes, Repeated
-from moert.weights import ExpertWeights, Matrix
+from moert.tuning.layer import Layer
+from moert.tuning.measure import Rotation, rotated_ids, same_experts, successive_halving
+from moert.tuning.probes import Enqueue, Repeated
 
 log = logging.getLogger("moert")
 
 MEMORY_FRACTION: Final = 0.9  # of what is free: allocators round up, kernels are loaded
 SKEWED_GROUPS: Final = 6  # of replays
 TIMING_S: Final = 5.0  # after this the timing of a bucket ends with the stage it is in
-
-
-class Layer:
-    """What the trials of all buckets use: the backend, its compiled kernels, copies of its weights.
-
-    Args:
-        backend: bound to the layer's weights.
-        probes: its device.
-    """
-
-    def __init__(self, backend: Backend, probes: Probes) -> None:
-        self.backend, self.probes = backend, probes
-        self.kernel_cache: dict[Any, Any] = {}
-        self._bound = [backend]
-        self.used = False  # something was put on the device
-
-    def rotation(self, tokens: int) -> Rotation:
-        """How timed calls of `tokens` rows spread over the weights."""
-        cfg, weights = self.backend.cfg, self.backend.weights
-        layer_bytes = weights.w13.nbytes + weights.w2.nbytes
-        hit = distinct_experts(cfg.num_experts, cfg.top_k, tokens) / cfg.num_experts
-        cache = cache_bytes(self.backend.facts)
-        return plan_rotation(layer_bytes, int(hit * layer_bytes), cache, self.probes.free_bytes())
-
-    def bound_to_copies(self, count: int) -> list[Backend]:
-        """The backend, and others of its kind bound to copies of the weights.
-
-        Raises:
-            torch.OutOfMemoryError: the copies do not fit after all.
-        """
-        backend = self.backend
-        while len(self._bound) < count:
-            copy = copied(backend.weights)
-            self._bound.append(type(backend)(backend.cfg, copy, backend.facts))
-        return self._bound[:count]
-
-    def forget_copies(self) -> None:
-        del self._bound[1:]
-
-    def close(self) -> None:
-        """Free everything on the device."""
-        self.forget_copies()
-        self.kernel_cache.clear()
-        if self.used:
-            self.probes.release()
 
 
 class Trial:
@@ -139,11 +86,14 @@ class Trial:
 
     def sound(self, anchor: Choice | None = None) -> dict[Choice, Program]:
         """The programs of the candidates that compile and give right results; `anchor` is checked first."""
-        built = self._build()
+        self._layer.wait_for_kernels(self._tokens)
+        with self._layer.spending("building"):
+            built = self._build()
         order = sorted(built, key=lambda choice: choice != anchor)
         sound = {}
         for choice in order:
-            fault = self._fault(built[choice])
+            with self._layer.spending("checking"):
+                fault = self._fault(choice, built[choice])
             if fault is None:
                 sound[choice] = built[choice]
             else:
@@ -177,11 +127,16 @@ class Trial:
 
         return make
 
-    def _fault(self, program: Program) -> str | None:
+    def _fault(self, choice: Choice, program: Program) -> str | None:
+        def run(call: Call) -> None:
+            self._layer.probes.run(program, call)
+
+        check, call, arena = self._check, self._call, self._arena
         try:
-            return self._check.fault(
-                lambda call: self._layer.probes.run(program, call), self._call, self._arena
-            )
+            fault = check.fault(run, call, arena)
+            if fault is None and any(other.crowded for other in self.choices):
+                fault = check.crowded_fault(run, call, arena, choice.crowded_bm)
+            return fault
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -219,6 +174,15 @@ class Trial:
         programs: dict[Choice, Program],
         decide: Callable[[dict[Choice, Repeated]], dict[Choice, float]],
         skewed: bool = False,
+    ) -> tuple[dict[Choice, float], bool]:
+        with self._layer.spending("timing"):
+            return self._decided(programs, decide, skewed)
+
+    def _decided(
+        self,
+        programs: dict[Choice, Program],
+        decide: Callable[[dict[Choice, Repeated]], dict[Choice, float]],
+        skewed: bool,
     ) -> tuple[dict[Choice, float], bool]:
         """What `decide` makes of graphs of the programs, and whether the weights are cold in them."""
         layer = self._layer
@@ -283,17 +247,3 @@ class Trial:
             program.run(call, stream)
 
         return enqueue
-
-
-def copied(weights: ExpertWeights) -> ExpertWeights:
-    """Copies of the two matrices with the very strides they have, so that the same kernels fit."""
-
-    def copy(tensor: Matrix) -> Matrix:
-        if isinstance(tensor, Int4Matrix):
-            return tensor.clone()
-        new = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
-        return new.copy_(tensor)
-
-    return replace(weights, w13=copy(weights.w13), w2=copy(weights.w2))

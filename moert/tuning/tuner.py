@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,11 +19,12 @@ from moert.errors import StateError
 from moert.plan import Choice, Plan
 from moert.tuning.agree import agree
 from moert.tuning.candidates import allowed_candidates, crossed, usable
-from moert.tuning.measure import level, steadiest
+from moert.tuning.layer import Layer
+from moert.tuning.measure import contenders, pick, steadiest
 from moert.tuning.probes import DeviceProbes, Probes
 from moert.tuning.progress import Progress
 from moert.tuning.store import Record, Store, geometry, open_store
-from moert.tuning.trial import Layer, Trial
+from moert.tuning.trial import Trial
 
 log = logging.getLogger("moert")
 
@@ -206,14 +207,39 @@ class Tuner:
         self._winner = None
         progress = Progress(self._store.name, len(sizes))
         try:
+            layer.compile_ahead({tokens: self._entrants(tokens, candidates) for tokens in sizes})
             for number, tokens in enumerate(sizes):
                 progress.update(number, f"{tokens} tokens")
-                decision = self._measure(layer, tokens, candidates[tokens], progress, number)
+                with self._told(layer, tokens, len(candidates[tokens])):
+                    decision = self._measure(layer, tokens, candidates[tokens], progress, number)
                 if decision is not None:
                     measured[tokens] = decision
         finally:
             progress.close()
         return measured
+
+    def _entrants(self, tokens: int, candidates: dict[int, list[Choice]]) -> list[Choice]:
+        """A bucket's candidates, and each pair of tiles for crowds that may be timed beside one of them."""
+        found = candidates[tokens]
+        crowded: dict[object, Choice] = {}
+        if tokens > FEW_TOKENS:
+            for base in found:
+                for choice in self._backend.crowded_choices(base, tokens):
+                    crowded.setdefault(choice.crowded, choice)
+        return [*found, *crowded.values()]
+
+    @contextlib.contextmanager
+    def _told(self, layer: Layer, tokens: int, count: int) -> Iterator[None]:
+        """Log what the seconds go into meanwhile; a handler finds them as `spent` of the log record."""
+        before = dict(layer.spent)
+        try:
+            yield
+        finally:
+            spent = {work: seconds - before[work] for work, seconds in layer.spent.items()}
+            told = ", ".join(f"{work} {seconds:.2f} s" for work, seconds in spent.items())
+            log.debug(
+                "tuning %d tokens: %d candidates, %s", tokens, count, told, extra={"spent": spent}
+            )
 
     def _measure(
         self,
@@ -242,7 +268,7 @@ class Tuner:
                 medians, cold = trial.times(
                     programs, default if default in programs else None, tick
                 )
-            medians |= self._cross(layer, tokens, medians, tick)
+            medians |= self._beside(layer, tokens, medians, crossed(medians), tick)
         except torch.OutOfMemoryError as error:
             log.debug("tuning %d tokens: %r", tokens, error)
             medians, cold = {}, True
@@ -251,43 +277,58 @@ class Tuner:
             return None
         if not cold:
             self._note("timed on warm weights: the layer is too small to be read from memory")
-        skewed = self._skew(layer, tokens, medians)
-        self._winner = choice = steadiest(medians, skewed, default)
+        choice = self._steadiest(layer, tokens, medians, default, tick)
+        # the next bucket finds tiles for crowds of its own
+        self._winner = replace(choice, crowded=None)
         us, default_us = round(medians[choice], 3), medians.get(default)
         default_us = None if default_us is None else round(default_us, 3)
         record = Record(choice, us, default_us, cold, self._store.made_with)
         self._store.add(tokens, self._policy, record)
         return Decision(choice, "tuned", us, default_us)
 
-    def _cross(
-        self, layer: Layer, tokens: int, medians: dict[Choice, float], tick: Callable[[], None]
+    def _beside(
+        self,
+        layer: Layer,
+        tokens: int,
+        medians: dict[Choice, float],
+        more: Sequence[Choice],
+        tick: Callable[[], None],
     ) -> dict[Choice, float]:
-        """Times of the best gate/up tiles with the best down tiles, on the scale of `medians`.
-
-        Candidates vary one GEMM at a time; what is best of each was not timed together.
-        """
-        together = crossed(medians)
-        if not together:
+        """Times of further choices, on the scale of `medians`."""
+        if not more:
             return {}
         best = min(medians, key=medians.__getitem__)
-        with Trial(layer, tokens, [best, *together]) as trial:
+        with Trial(layer, tokens, [best, *more]) as trial:
             again, _ = trial.times(trial.sound(best), best, tick)
         if best not in again:
             return {}
         scale = medians[best] / again[best]
         return {choice: us * scale for choice, us in again.items() if choice != best}
 
-    def _skew(self, layer: Layer, tokens: int, medians: dict[Choice, float]) -> dict[Choice, float]:
-        """Times of what is level, where all tokens take the same experts.
+    def _steadiest(
+        self,
+        layer: Layer,
+        tokens: int,
+        medians: dict[Choice, float],
+        default: Choice,
+        tick: Callable[[], None],
+    ) -> Choice:
+        """What is fastest by even routing, or as good as that and faster where all tokens take the same
+        experts; tiles for crowds are among it, and added to `medians`.
 
         A few tokens are no more than a block of rows, however they are routed.
         """
-        contenders = list(level(medians))
-        if tokens <= FEW_TOKENS or len(contenders) < 2:
-            return {}
+        base = pick(medians, default)
+        if tokens <= FEW_TOKENS:
+            return base
+        crowded = self._backend.crowded_choices(base, tokens)
         try:
-            with Trial(layer, tokens, contenders) as trial:
-                return trial.skewed_times(trial.sound(contenders[0]))
+            medians |= self._beside(layer, tokens, medians, crowded, tick)
+            rivals = contenders(medians, base, default, crowded)
+            if len(rivals) < 2:
+                return base
+            with Trial(layer, tokens, rivals) as trial:
+                return steadiest(base, medians, trial.skewed_times(trial.sound(base)))
         except torch.OutOfMemoryError as error:
             log.debug("tuning %d tokens, all to the same experts: %r", tokens, error)
-            return {}
+            return base

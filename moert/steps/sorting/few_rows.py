@@ -21,6 +21,7 @@ import triton.language as tl
 
 from moert.steps.call_args import live_tokens, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.sorting.block_size import block_size, blocks_before, crowds, whole_blocks
 
 ROW_BITS = 10  # of a key
 PLACE_BITS = 20  # of an output row; the bits above count rows
@@ -66,12 +67,14 @@ def sort_one_shot_few_kernel(
     ids_ptr, ids_stride, ids_words, weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32,
     num_valid_ptr, num_tokens,
     expert_mask_ptr, sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
-    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
-    C: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+    crowded_valid_ids_ptr,
+    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, CROWDED_BM: tl.constexpr, REACH: tl.constexpr,
+    EP: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every program counts all rows, at most C <= 512, and places SHARE of them; nobody waits for anybody.
 
-    expert_mask [E] int32 or None; outputs as `SortedRows` says. The programs reach past the last row by one:
+    expert_mask [E] int32 or None; outputs as `SortedRows` says; CROWDED_BM, REACH and
+    crowded_valid_ids: `moert.steps.sorting.block_size`. The programs reach past the last row by one:
     that row of nobody has its place behind all others, and so tells how many there are. EP: at least 32.
     """
     wait_for_predecessor(PDL)
@@ -97,9 +100,18 @@ def sort_one_shot_few_kernel(
 
     # two sums in one: padding of the experts before in the low bits, above it rows up to this expert's last
     # less the rows before this one: 1 for the last row of an expert
-    padding = (count + (BM - 1)).to(tl.uint32) // BM * BM - count.to(tl.uint32)
-    both = padding.to(tl.int32) | (count << _PLACE_BITS)
-    both = tl.reshape(both, [EP // 32, 32])[:, None, :]
+    counts = tl.reshape(count, [EP // 32, 32])[:, None, :]
+    crowded = False
+    if CROWDED_BM:
+        # by every warp for itself
+        counts = tl.broadcast_to(counts, [EP // 32, SHARE, 32])
+        # two numbers in one: there are no more blocks than rows
+        blocks = whole_blocks(counts, REACH) | (whole_blocks(counts, CROWDED_BM) << 16)
+        blocks = tl.sum(tl.sum(blocks, 0), 1)[None, :, None]
+        crowded = crowds(blocks & 0xFFFF, blocks >> 16)
+    size = block_size(crowded, BM, CROWDED_BM)
+    padding = blocks_before(counts + (size - 1), crowded, BM, CROWDED_BM) * size - counts
+    both = padding | (counts << _PLACE_BITS)
     other = (tl.arange(0, EP // 32)[:, None] * 32 + lane[None, :])[:, None, :]
     own = my_key >> _ROW_BITS
     before = tl.sum(tl.where(other < own, both, 0), 0)
@@ -112,14 +124,14 @@ def sort_one_shot_few_kernel(
     # of the 32 lanes the first one stores the row, the others the padding behind an expert's last row
     ahead = lane[None, None, :]
     first = ahead == 0
-    block = (at.to(tl.uint32) // BM).to(tl.int32)
-    end = block * BM + BM
+    block = blocks_before(at, crowded, BM, CROWDED_BM)
+    end = block * size + size
     padded = tl.zeros_like(mine + ahead) + ((K << 24) | num_tokens)
     write = there & (first | (last & (at + ahead < end)))
     entry = tl.where(first, (my_slot << 24) | my_token, padded)
     tl.store(sorted_token_ids_ptr + (at + ahead), entry, mask=write)
     tl.store(sorted_weights_ptr + (at + ahead), tl.where(first, my_weight, 0.0), mask=write)
-    for further in tl.static_range(32, BM, 32):
+    for further in tl.static_range(32, BM if BM > CROWDED_BM else CROWDED_BM, 32):
         write = there & last & (at + ahead + further < end)
         tl.store(sorted_token_ids_ptr + (at + ahead) + further, padded, mask=write)
         zero = tl.zeros_like(padded).to(tl.float32)
@@ -129,10 +141,13 @@ def sort_one_shot_few_kernel(
     if expert_mask_ptr is not None:
         kept = tl.load(expert_mask_ptr + other, mask=other < E, other=0) != 0
         name = tl.sum(tl.sum((kept & (other < own)).to(tl.int32), 0), 1)[None, :, None]
-    # experts start at multiples of BM
-    leads = there & (at == block * BM) & first
+    # experts start at whole blocks
+    leads = there & (at == block * size) & first
     tl.store(sorted_expert_ids_ptr + (block + ahead), name, mask=leads)
     behind_all = (mine == live * K) & (ahead < 2)
     # one place for all SHARE rows, of which at most one stores
     valid_ptr = num_valid_ids_ptr + (ahead + mine * 0)
-    tl.store(valid_ptr, tl.where(first, at, live), mask=behind_all)
+    tl.store(valid_ptr, tl.where(first, tl.where(crowded, 0, at), live), mask=behind_all)
+    if CROWDED_BM:
+        valid_ptr = crowded_valid_ids_ptr + (ahead + mine * 0)
+        tl.store(valid_ptr, tl.where(first, tl.where(crowded, at, 0), live), mask=behind_all)

@@ -91,18 +91,30 @@ def feasible(
 
 
 def sort_fields(
-    strategy: str, tokens: int, num_experts: int, top_k: int, block_m: int
+    strategy: str,
+    tokens: int,
+    num_experts: int,
+    top_k: int,
+    block_m: int,
+    crowded_block_m: int = 0,
 ) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-    """Name, shape and dtype of the buffers that a sort of up to `tokens` rows writes."""
+    """Name, shape and dtype of the buffers that a sort of up to `tokens` rows writes.
+
+    Args:
+        crowded_block_m: larger than `block_m`, or 0; see `moert.steps.sorting.block_size`.
+    """
     if strategy == "none":
         return ()
-    rows = padded_rows(tokens, top_k, num_experts, block_m)
+    blocks = (block_m, crowded_block_m or block_m)
+    rows = max(padded_rows(tokens, top_k, num_experts, block) for block in blocks)
     fields: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = (
         ("sorted_token_ids", (rows,), torch.int32),
         ("sorted_weights", (rows,), torch.float32),
         ("sorted_expert_ids", (max_blocks(tokens, top_k, num_experts, block_m),), torch.int32),
         ("num_valid_ids", (2,), torch.int32),
     )
+    if crowded_block_m:
+        fields += (("crowded_valid_ids", (2,), torch.int32),)
     if strategy == "multi_phase":
         fields += (("sort_scratch", scratch_shape(tokens, top_k, num_experts), torch.int32),)
     return fields
@@ -118,6 +130,8 @@ def sort_launches(
     views: Mapping[str, torch.Tensor],
     expert_mask: torch.Tensor | None = None,
     dependent: bool = False,
+    crowded_block_m: int = 0,
+    reach: int = 0,
 ) -> list[Launch]:
     """Launches that sort up to `tokens` rows into `views` (the arrays of `sort_fields`, or larger ones).
 
@@ -125,24 +139,29 @@ def sort_launches(
         tokens: of the bucket or call; a launch with fewer is bounded by the count on the device.
         expert_mask: [E] int32, 0 for experts to leave out; None to keep all.
         dependent: each launch starts while its predecessor drains.
+        crowded_block_m: as for `sort_fields`.
+        reach: of blocks of `block_m`, see there; 0 for `block_m`.
     """
     if strategy == "none":
         return []
-    outputs = {
+    outputs: dict[str, torch.Tensor | None] = {
         f"{name}_ptr": views[name]
         for name in ("sorted_token_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids")
     }
-    experts = padded_experts(num_experts)
+    outputs["crowded_valid_ids_ptr"] = views["crowded_valid_ids"] if crowded_block_m else None
+    experts, tallest = padded_experts(num_experts), max(block_m, crowded_block_m)
     sizes = {"K": top_k, "EP": experts}
     rest = {
         "E": num_experts,
         "BM": block_m,
-        "WIDTH": _power_of_two(block_m),
+        "CROWDED_BM": crowded_block_m,
+        "REACH": reach or block_m,
+        "WIDTH": _power_of_two(tallest),
     }
     masked = {"expert_mask_ptr": expert_mask}
     if strategy == "one_shot":
         few = tokens * top_k <= min(FEW_ROWS, ONE_SHOT_TILE)
-        few = few and padded_rows(tokens, top_k, num_experts, block_m) < MAX_PLACES
+        few = few and padded_rows(tokens, top_k, num_experts, tallest) < MAX_PLACES
         plan = _few_rows if few else _one_shot
         one = plan(facts, tokens, top_k, {**outputs, **masked}, {**sizes, **rest})
         return in_a_row([one], dependent)
@@ -190,7 +209,7 @@ def _one_shot(
     # 64 threads were best on an H200 at 64 rows, 128 at 512, 256 from 1024 on
     threads = 64 if tile <= 128 else 128 if tile <= 512 else 256
     options = {}
-    if facts.arch == "sm_90" and sizes["BM"] > 64:
+    if facts.arch == "sm_90" and sizes["WIDTH"] > 64:
         share = min(share, 8)  # 16 spill
     if facts.kind == "cuda" and (facts.arch != "sm_90" or sizes["EP"] > sizes["E"]):
         # the compiler would rather spill a register or two and have more warps
@@ -216,7 +235,7 @@ def _few_rows(
         # one row more than there are
         return min(rows, tokens) * top_k // share + 1, 1, 1
 
-    constants = {name: sizes[name] for name in ("E", "K", "BM")}
+    constants = {name: sizes[name] for name in ("E", "K", "BM", "CROWDED_BM", "REACH")}
     constants |= {"EP": max(32, sizes["EP"]), "C": max(32, _power_of_two(rows)), "SHARE": share}
     return Launch(sort_one_shot_few_kernel, grid, args, constants, _warps(32 * share, facts))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +86,19 @@ def max_blocks(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
 def padded_rows(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
     """The most output rows, padding counted, that S = T*K rows can take: `max_blocks` times BM."""
     return max_blocks(tokens, top_k, num_experts, block_m) * block_m
+
+
+def takes_crowded(counts: Iterable[int], reach: int, crowded_block_m: int) -> bool:
+    """Whether blocks are of CROWDED_BM rows: the rule of `moert.steps.sorting.block_size`.
+
+    Args:
+        counts: rows of each expert.
+        reach: rows that one reading of an expert's weights serves, otherwise.
+        crowded_block_m: the same in blocks for crowds.
+    """
+    counts = list(counts)
+    readings, crowded = (sum(-(-n // size) for n in counts) for size in (reach, crowded_block_m))
+    return 0 < 2 * crowded <= readings
 
 
 def padded_experts(num_experts: int) -> int:

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from moert.steps.call_args import live_tokens, load_expert_id, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.sorting.block_size import block_size, blocks_before, crowds, whole_blocks
 
 
 @triton.jit
@@ -71,44 +72,66 @@ def _count(expert, EP: tl.constexpr):
 
 
 @triton.jit
-def _starts(total, BM: tl.constexpr):
-    """First output rows of the experts [EP], multiples of BM, from their row counts."""
-    blocks = (total + (BM - 1)) // BM
-    return (tl.cumsum(blocks, 0) - blocks) * BM
+def _crowded(total, CROWDED_BM: tl.constexpr, REACH: tl.constexpr):
+    """Whether blocks are of CROWDED_BM rows, from the experts' row counts [EP]."""
+    if CROWDED_BM == 0:
+        return False
+    return crowds(tl.sum(whole_blocks(total, REACH), 0), tl.sum(whole_blocks(total, CROWDED_BM), 0))
+
+
+@triton.jit
+def _starts(total, crowded, BM: tl.constexpr, CROWDED_BM: tl.constexpr):
+    """First output rows of the experts [EP], whole blocks, from their row counts."""
+    size = block_size(crowded, BM, CROWDED_BM)
+    blocks = blocks_before(total + (size - 1), crowded, BM, CROWDED_BM)
+    return (tl.cumsum(blocks, 0) - blocks) * size
 
 
 @triton.jit
 def _store_rows(
     sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr,
-    at, expert, weight, row, K: tl.constexpr, BM: tl.constexpr,
+    at, expert, weight, row, crowded,
+    K: tl.constexpr, BM: tl.constexpr, CROWDED_BM: tl.constexpr,
 ):  # fmt: skip
     there = expert >= 0
     tl.store(sorted_token_ids_ptr + at, ((row % K) << 24) | (row // K), mask=there)
     tl.store(sorted_weights_ptr + at, weight, mask=there)
-    # experts start at multiples of BM
-    tl.store(sorted_expert_ids_ptr + at // BM, expert, mask=there & (at % BM == 0))
+    # experts start at whole blocks
+    block = blocks_before(at, crowded, BM, CROWDED_BM)
+    leads = there & (at == block * block_size(crowded, BM, CROWDED_BM))
+    tl.store(sorted_expert_ids_ptr + block, expert, mask=leads)
 
 
 @triton.jit
 def _store_padding(
-    sorted_token_ids_ptr, sorted_weights_ptr, behind, wanted, num_tokens,
-    K: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr,
+    sorted_token_ids_ptr, sorted_weights_ptr, behind, wanted, num_tokens, crowded,
+    K: tl.constexpr, BM: tl.constexpr, CROWDED_BM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Where `wanted`, fill from the output row `behind` [N] to the end of its block.
 
-    WIDTH: BM as a power of two.
+    WIDTH: the larger block as a power of two.
     """
+    size = block_size(crowded, BM, CROWDED_BM)
+    end = blocks_before(behind + (size - 1), crowded, BM, CROWDED_BM) * size
     at = behind[:, None] + tl.arange(0, WIDTH)[None, :]
-    inside = wanted[:, None] & (at < ((behind + (BM - 1)) // BM * BM)[:, None])
+    inside = wanted[:, None] & (at < end[:, None])
     tl.store(sorted_token_ids_ptr + at, tl.zeros_like(at) + ((K << 24) | num_tokens), mask=inside)
     tl.store(sorted_weights_ptr + at, tl.zeros_like(at).to(tl.float32), mask=inside)
 
 
 @triton.jit
-def _store_num_valid(num_valid_ids_ptr, total, live, BM: tl.constexpr):
+def _store_num_valid(
+    num_valid_ids_ptr, crowded_valid_ids_ptr, total, live, crowded,
+    BM: tl.constexpr, CROWDED_BM: tl.constexpr,
+):  # fmt: skip
     if tl.program_id(0) == 0:
-        tl.store(num_valid_ids_ptr, tl.sum((total + (BM - 1)) // BM, 0) * BM)
+        rows = tl.sum(whole_blocks(total, BM), 0) * BM
+        tl.store(num_valid_ids_ptr, tl.where(crowded, 0, rows))
         tl.store(num_valid_ids_ptr + 1, live)
+        if CROWDED_BM:
+            rows = tl.sum(whole_blocks(total, CROWDED_BM), 0) * CROWDED_BM
+            tl.store(crowded_valid_ids_ptr, tl.where(crowded, rows, 0))
+            tl.store(crowded_valid_ids_ptr + 1, live)
 
 
 @triton.jit
@@ -116,13 +139,15 @@ def sort_one_shot_kernel(
     ids_ptr, ids_stride, ids_words, weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32,
     num_valid_ptr, num_tokens,
     expert_mask_ptr, sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
-    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
-    C: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    crowded_valid_ids_ptr,
+    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, CROWDED_BM: tl.constexpr, REACH: tl.constexpr,
+    EP: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Every program counts all rows, C at a time, and places SHARE of them; nobody waits for anybody.
 
-    expert_mask [E] int32 or None; outputs as `SortedRows` says. ONE_TILE: all rows fit one tile.
+    expert_mask [E] int32 or None; outputs as `SortedRows` says; CROWDED_BM, REACH and
+    crowded_valid_ids: `moert.steps.sorting.block_size`. ONE_TILE: all rows fit one tile.
     """
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
@@ -154,24 +179,21 @@ def sort_one_shot_kernel(
             rank += _earlier(experts, rows, expert, row)
             total += _count(experts, EP)
             first += C
-    start = _starts(total, BM)
+    crowded = _crowded(total, CROWDED_BM, REACH)
+    start = _starts(total, crowded, BM, CROWDED_BM)
     at = tl.gather(start, tl.maximum(expert, 0), 0) + rank
     _store_rows(
-        sorted_token_ids_ptr,
-        sorted_weights_ptr,
-        sorted_expert_ids_ptr,
-        at,
-        expert,
-        weight,
-        row,
-        K,
-        BM,
-    )
+        sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr,
+        at, expert, weight, row, crowded, K, BM, CROWDED_BM,
+    )  # fmt: skip
     # the last row of an expert sees to the padding behind it
     behind = tl.gather(start + total, tl.maximum(expert, 0), 0)
     last = (expert >= 0) & (at + 1 == behind)
-    _store_padding(sorted_token_ids_ptr, sorted_weights_ptr, behind, last, num_tokens, K, BM, WIDTH)
-    _store_num_valid(num_valid_ids_ptr, total, live, BM)
+    _store_padding(
+        sorted_token_ids_ptr, sorted_weights_ptr, behind, last, num_tokens, crowded,
+        K, BM, CROWDED_BM, WIDTH,
+    )  # fmt: skip
+    _store_num_valid(num_valid_ids_ptr, crowded_valid_ids_ptr, total, live, crowded, BM, CROWDED_BM)
 
 
 @triton.jit
@@ -243,8 +265,9 @@ def sort_place_kernel(
     num_valid_ptr, num_tokens,
     expert_mask_ptr, counts_ptr, totals_ptr,
     sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr, num_valid_ids_ptr,
-    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, EP: tl.constexpr,
-    C: tl.constexpr, SHARES: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+    crowded_valid_ids_ptr,
+    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, CROWDED_BM: tl.constexpr, REACH: tl.constexpr,
+    EP: tl.constexpr, C: tl.constexpr, SHARES: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Place the program's share of rows, C at a time; counts and totals as `sort_scan_kernel` left them."""
@@ -257,7 +280,8 @@ def sort_place_kernel(
         local = _local_experts(expert_mask_ptr, E, EP)
     total = tl.load(totals_ptr + tl.arange(0, EP))
     before = tl.load(counts_ptr + tl.program_id(0) * EP + tl.arange(0, EP))
-    start = _starts(total, BM)
+    crowded = _crowded(total, CROWDED_BM, REACH)
+    start = _starts(total, crowded, BM, CROWDED_BM)
     following = start + before
     first, end = _share(live, K, C, SHARES)
     while first < end:
@@ -270,16 +294,9 @@ def sort_place_kernel(
         )
         at = tl.gather(following, tl.maximum(expert, 0), 0) + _earlier(expert, row, expert, row)
         _store_rows(
-            sorted_token_ids_ptr,
-            sorted_weights_ptr,
-            sorted_expert_ids_ptr,
-            at,
-            expert,
-            weight,
-            row,
-            K,
-            BM,
-        )
+            sorted_token_ids_ptr, sorted_weights_ptr, sorted_expert_ids_ptr,
+            at, expert, weight, row, crowded, K, BM, CROWDED_BM,
+        )  # fmt: skip
         following += _count(expert, EP)
         first += C
     # shared out by expert: few programs see an expert's last row, and those may see many
@@ -288,7 +305,8 @@ def sort_place_kernel(
         behind = tl.gather(start + total, first + tl.arange(0, EXPERTS), 0)
         every = behind >= 0
         _store_padding(
-            sorted_token_ids_ptr, sorted_weights_ptr, behind, every, num_tokens, K, BM, WIDTH
-        )
+            sorted_token_ids_ptr, sorted_weights_ptr, behind, every, num_tokens, crowded,
+            K, BM, CROWDED_BM, WIDTH,
+        )  # fmt: skip
         first += tl.num_programs(0) * EXPERTS
-    _store_num_valid(num_valid_ids_ptr, total, live, BM)
+    _store_num_valid(num_valid_ids_ptr, crowded_valid_ids_ptr, total, live, crowded, BM, CROWDED_BM)

@@ -1,0 +1,42 @@
+"""Tiles beside those of a choice, for calls whose rows crowd on few experts (`Choice.crowded`). Pure.
+
+A choice is fastest for the routing it was timed with, which is even. Where all tokens take the same experts,
+every expert has as many rows as there are tokens, and blocks of few rows read its weights again and again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moert.backends import int4_tiles, specialised_tiles, triton_tiles
+from moert.config import MoEConfig
+from moert.device import DeviceFacts
+from moert.plan import Choice, Tile
+
+LEAST_TOKENS = 33  # for blocks of 64 rows to be better than half full at best
+MOST_PAIRS = 3
+
+
+def choices(cfg: MoEConfig, facts: DeviceFacts, choice: Choice, tokens: int) -> list[Choice]:
+    """The choice with each pair of tall tiles that is worth timing beside its own.
+
+    Args:
+        choice: without tiles for crowds.
+        tokens: B; an expert has at most so many rows.
+    """
+    if choice.strategy == "none" or not choice.tiles or tokens < LEAST_TOKENS:
+        return []
+    pairs = _pairs(cfg, facts, min(128, 2 * tokens - 2))
+    # the device takes them where they at least halve how often weights are read
+    tall = [pair for pair in pairs if pair[0].bm >= 2 * choice.reach]
+    return [replace(choice, crowded=pair) for pair in tall[:MOST_PAIRS]]
+
+
+def _pairs(cfg: MoEConfig, facts: DeviceFacts, most: int) -> list[tuple[Tile, Tile]]:
+    """The tallest first; specialised ones where the device has them."""
+    found = specialised_tiles.tall_pairs(cfg, facts, most)
+    if found:
+        return found
+    tiles = triton_tiles if cfg.quant is None else int4_tiles
+    portable = [tiles.tall_pair(bm, cfg, facts) for bm in (128, 64) if bm <= most]
+    return [pair for pair in portable if pair is not None]
