@@ -52,8 +52,9 @@ def contract_tests(part: dict[str, Any]) -> bool:
     for file in files:
         start = time.perf_counter()
         shared = importlib.util.find_spec("xdist") and Path(file).name in COMPILE_MUCH
-        # compiling is what takes long, and each has its own share of the device's memory
-        count = min(16, max(4, len(os.sched_getaffinity(0)) * 3 // 4))
+        # compiling is what takes long, of which each does some in processes; each has its own share of the
+        # device's memory
+        count = min(8, max(4, len(os.sched_getaffinity(0)) // 2))
         workers = ["-n", str(count), "--dist", "worksteal"] if shared else []
         done = subprocess.run(
             [*pytest, *workers, file], cwd=ROOT, capture_output=True, text=True, check=False

@@ -88,9 +88,15 @@ def shares(cores: Sequence[int], gpus: int) -> list[list[int]]:
     return [list(cores[gpu * each : (gpu + 1) * each]) or list(cores) for gpu in range(gpus)]
 
 
+def visible(gpu: int) -> str:
+    """The name of the GPU that is this one of those that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[gpu] if named else str(gpu)
+
+
 def start(step: Step, gpu: int, cores: Sequence[int], logs: Path) -> Run:
     """In a process group of its own, so that it can be stopped with its children."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpu), "PYTHONUNBUFFERED": "1"}
     with (logs / f"{step.name}.txt").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *step.command],

@@ -212,8 +212,8 @@ def chain_lines(part: dict[str, Any]) -> list[str]:
 def start_lines(part: dict[str, Any]) -> list[str]:
     cold, warm = part["cold"], part["warm"]
     return [
-        f"Start-up of one geometry: {cold['first s']:.0f} s with nothing cached or shipped (tuning every bucket "
-        f"and compiling), {warm['first s']} s with warm caches; each further layer that shares: "
+        f"Start-up of one geometry: {cold['first s']:.0f} s with nothing cached or shipped (tuning every "
+        f"bucket and compiling), {warm['first s']} s with warm caches; each further layer that shares: "
         f"{warm['further ms']:.0f} ms. Graphs of 48 layers: {warm['graphs MiB']} MiB."
     ]
 

@@ -150,6 +150,10 @@ class Bench:
             views = self.arena.views(fields[choice])
             return self.backend.program(bucket, choice, views, kernel_cache=self.compiled)
 
+        jobs = dict.fromkeys(job for c in found for job in self.backend.compile_jobs(bucket, c))
+        ahead = self.probes.compile_ahead([job for job in jobs if job not in self.compiled])
+        ahead.wait(jobs)
+        ahead.close()
         built = self.probes.build([lambda choice=choice: maker(choice) for choice in found])
         failed = [result for result in built if isinstance(result, Exception)]
         assert not failed, failed

@@ -14,7 +14,7 @@ from code_size import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import gpu_figures
-from gpu_figures import STEPS, Step, next_step, run_all, shares
+from gpu_figures import STEPS, Step, next_step, run_all, shares, visible
 
 
 @pytest.fixture
@@ -54,6 +54,13 @@ def test_what_can_begin() -> None:
     assert next_step([second, third], {"a", "b", "c"}) == third
     assert next_step([second], {"a", "b"}) is None
     assert next_step([second], {"b"}) == second
+
+
+def test_gpus_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [visible(0), visible(1)] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert [visible(0), visible(1)] == ["3", "GPU-5"]
 
 
 def test_cores_are_shared_out() -> None:

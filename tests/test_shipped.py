@@ -83,9 +83,9 @@ def test_a_default_runtime_finds_every_bucket(
         assert choice.gate_up is not None and choice.down is not None
         assert feasible(choice.strategy, tokens, cfg.num_experts, cfg.top_k, H200) is None
         assert holds(choice, cfg)
-        # the default is only replaced by what is clearly faster
+        # the default is only replaced by what is clearly faster, or by itself with tiles for crowds
         if record.default_us is not None and record.us != record.default_us:
-            assert record.us <= 0.981 * record.default_us
+            assert record.us <= (1.021 if choice.crowded else 0.981) * record.default_us
         assert {"moert", "triton", "torch", "driver"} <= record.made_with.keys()
 
 
