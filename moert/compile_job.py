@@ -7,6 +7,7 @@ entry that every other process will look for.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,14 +52,35 @@ class CompileJob:
             kernel: the kernel itself, where no module defines it.
         """
         import triton
+
+        kernel = self.kernel() if kernel is None else kernel
+        return triton.compile(self._source(kernel), target=target, options=dict(self.options))
+
+    def cached(self, target: Any) -> bool | None:
+        """Whether Triton's cache on disk has it for a `GPUTarget`; None where that cannot be told.
+
+        Asked in the way of `triton.compile` (3.6), whose parts are not for others to rely on.
+        """
+        try:
+            from triton.compiler import compiler
+
+            source, backend = self._source(self.kernel()), compiler.make_backend(target)
+            options = backend.parse_options({**dict(self.options), **source.parse_options()})
+            variables = compiler.get_cache_invalidating_env_vars()
+            key = compiler.get_cache_key(source, backend, options, env_vars=variables)
+            folder = compiler.get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+            name = f"{source.name[:150]}.json"
+            return name in (folder.get_group(name) or {})
+        except Exception:
+            return None
+
+    def _source(self, kernel: Any) -> Any:
         from triton.compiler import ASTSource
         from triton.experimental.gluon._runtime import GluonASTSource
 
-        kernel = self.kernel() if kernel is None else kernel
         make_source = GluonASTSource if kernel.is_gluon() else ASTSource
         attributes: Attributes = {(index,): [["tt.divisibility", 16]] for index in self.divisible}
-        source = make_source(kernel, dict(self.signature), dict(self.constants), attributes)
-        return triton.compile(source, target=target, options=dict(self.options))
+        return make_source(kernel, dict(self.signature), dict(self.constants), attributes)
 
 
 def make_job(

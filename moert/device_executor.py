@@ -13,6 +13,7 @@ from moert.backends.base import Backend, Program
 from moert.call import Key
 from moert.capture import StartUpRows, capture_plans
 from moert.checks import check_forward, plainly_fine
+from moert.compile_ahead import compile_together
 from moert.errors import StateError
 from moert.graphs import CapturedPlan
 from moert.host_executor import layer_block, layer_router
@@ -39,6 +40,8 @@ class DeviceExecutor:
         driver = triton.runtime.driver.active
         self._current_stream = driver.get_current_stream
         self._limits = [plan.tokens for plan in group.plans]
+        if not group.members:
+            self._compile_kernels()
         self._programs = [self._program(plan, group.arena) for plan in group.plans]
         self._unaligned = self._program(group.plans[-1], group.arena, aligned=False)
         self._foreign: list[Program] = []
@@ -63,6 +66,13 @@ class DeviceExecutor:
         if any(plan.captured for plan in group.plans):
             self._capture()
         self._null_stream = group.null_stream
+
+    def _compile_kernels(self) -> None:
+        """What the plans need, side by side: programs that are made one by one then find it compiled."""
+        plans, jobs_of = self.group.plans, self.backend.compile_jobs
+        jobs = [job for plan in plans for job in jobs_of(plan.tokens, plan.choice)]
+        jobs += jobs_of(plans[-1].tokens, plans[-1].choice, aligned=False)
+        compile_together(job for job in jobs if job not in self.group.kernel_cache)
 
     def _program(self, plan: Plan, arena: Any, aligned: bool = True) -> Program:
         views = arena.views(plan.fields)

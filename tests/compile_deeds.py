@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moert.compile_ahead import HelperProcess
 from moert.compile_job import CompileJob
-from moert.tuning.compile_ahead import HelperProcess
 
 
 class Deed(CompileJob):

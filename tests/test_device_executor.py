@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import BUCKETS, CFG, MAX_TOKENS, FakeGpu
+from fake_gpu import BUCKETS, CFG, MAX_TOKENS, FakeBackend, FakeGpu
 
+from moert import device_executor
 from moert.call import call_key
 from moert.device_executor import DeviceExecutor
 from moert.errors import StateError
+from moert.plan import Choice
 from moert.topk import TopK
 
 
@@ -63,6 +65,29 @@ def test_replays_follow_the_tensors(gpu: FakeGpu) -> None:
     inside, beyond = BUCKETS[-1], MAX_TOKENS - BUCKETS[-1]
     assert layer.counts == counts(replays=3 * inside, rebinds=2 * inside, eager=3 * beyond)
     assert len(gpu.graphs) == len(BUCKETS)
+
+
+def test_kernels_of_all_plans_are_compiled_together(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first layer's programs, and once: those of the next layers are compiled by then."""
+    together: list[list[Any]] = []
+
+    def jobs(backend: Any, tokens: int, choice: Choice, aligned: bool = True) -> tuple[Any, ...]:
+        return (tokens, aligned), ("compiled already", aligned)
+
+    monkeypatch.setattr(FakeBackend, "compile_jobs", jobs)
+    monkeypatch.setattr(
+        device_executor, "compile_together", lambda found: together.append(list(found))
+    )
+    group = gpu.group()
+    group.kernel_cache["compiled already", True] = None
+    layer = gpu.layer(group)
+    group.members.add(layer)
+    gpu.layer(group)
+    limits = [*BUCKETS, MAX_TOKENS]
+    last = [(MAX_TOKENS, False), ("compiled already", False)]
+    assert together == [[(tokens, True) for tokens in limits] + last]
 
 
 def test_the_live_count_is_the_callers(gpu: FakeGpu) -> None:

@@ -109,7 +109,9 @@ class FakeBackend(Backend):
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
         return (f"fake_{choice.strategy}",)
 
-    def compile_jobs(self, tokens: int, choice: Choice) -> tuple[CompileJob, ...]:
+    def compile_jobs(
+        self, tokens: int, choice: Choice, aligned: bool = True
+    ) -> tuple[CompileJob, ...]:
         return tuple(fake_job(name) for name in self.kernels_of(tokens, choice))
 
     def program(

@@ -111,8 +111,10 @@ class Backend(ABC):
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
         """Kernel names in launch order: what a trace of one call shows; pure."""
 
-    def compile_jobs(self, tokens: int, choice: Choice) -> tuple[CompileJob, ...]:
-        """What `program` compiles for aligned calls, the keys of its `kernel_cache`; pure."""
+    def compile_jobs(
+        self, tokens: int, choice: Choice, aligned: bool = True
+    ) -> tuple[CompileJob, ...]:
+        """What `program` compiles, the keys of its `kernel_cache`; pure."""
         return ()
 
     def plan(self, tokens: int, captured: bool, choice: Choice, **provenance: Any) -> Plan:

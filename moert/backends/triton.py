@@ -97,10 +97,13 @@ class TritonBackend(Backend):
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
         return tuple(launch.name for launch in self._absent_launches(tokens, choice))
 
-    def compile_jobs(self, tokens: int, choice: Choice) -> tuple[CompileJob, ...]:
+    def compile_jobs(
+        self, tokens: int, choice: Choice, aligned: bool = True
+    ) -> tuple[CompileJob, ...]:
         if self.facts.kind == "cpu":
             return ()
-        return tuple(self._job(launch, True) for launch in self._absent_launches(tokens, choice))
+        choice = choice if aligned else self.unaligned(choice)
+        return tuple(self._job(launch, aligned) for launch in self._absent_launches(tokens, choice))
 
     def _absent_launches(self, tokens: int, choice: Choice) -> list[Launch]:
         return self.launches(tokens, choice, absent_views(self.fields(tokens, choice)))

@@ -13,8 +13,8 @@ import torch
 
 from moert.backends.base import Program
 from moert.call import Call
+from moert.compile_ahead import Ahead, compile_ahead
 from moert.compile_job import CompileJob
-from moert.tuning.compile_ahead import Ahead, compile_ahead
 
 Maker = Callable[[], Program]
 # one call of a timed graph: sets up the call object, then enqueues a program on a raw stream handle

@@ -86,13 +86,9 @@ def down_specialised_kernel(
     PDL: gl.constexpr,
 ):
     ring = make_ring(h_ptr.dtype.element_ty, S)
-    blocks = gl.load(num_valid_ids) // S.bm
+    rows = (sorted_token_ids, sorted_expert_ids, gl.load(num_valid_ids) // S.bm)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    if blocks == 0:
-        # mostly so of tiles for crowds: gone before a warp is handed its part
-        return
-    rows = (sorted_token_ids, sorted_expert_ids, blocks)
     STRIDE: gl.constexpr = S.reduction
     gl.warp_specialize(
         [

@@ -115,9 +115,6 @@ def down_specialised_int4_kernel(
     blocks = gl.load(num_valid_ids) // S.bm
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    if blocks == 0:
-        # mostly so of tiles for crowds: gone before a warp is handed its part
-        return
     rows = (sorted_token_ids, sorted_expert_ids, blocks)
     w2 = (w2_ptr, scales_ptr, zeros_ptr)
     STRIDE: gl.constexpr = S.reduction

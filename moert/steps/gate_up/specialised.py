@@ -107,11 +107,7 @@ def gate_up_specialised_kernel(
     ring = make_ring(h_ptr.dtype.element_ty, S)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    blocks = gl.load(num_valid_ids) // S.bm
-    if blocks == 0:
-        # mostly so of tiles for crowds: gone before a warp is handed its part
-        return
-    rows = (sorted_token_ids, sorted_expert_ids, blocks)
+    rows = (sorted_token_ids, sorted_expert_ids, gl.load(num_valid_ids) // S.bm)
     gl.warp_specialize(
         [
             (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)),

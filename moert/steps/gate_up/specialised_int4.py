@@ -135,9 +135,6 @@ def gate_up_specialised_int4_kernel(
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     blocks = gl.load(num_valid_ids) // S.bm
-    if blocks == 0:
-        # mostly so of tiles for crowds: gone before a warp is handed its part
-        return
     rows = (sorted_token_ids, sorted_expert_ids, blocks)
     w13 = (w13_ptr, scales_ptr, zeros_ptr)
     gl.warp_specialize(

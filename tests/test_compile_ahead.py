@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +20,18 @@ from tuning_fakes import fake_job
 
 triton = pytest.importorskip("triton")
 
-from moert.tuning import compile_ahead as module  # noqa: E402
-from moert.tuning.compile_ahead import (  # noqa: E402
+from moert import compile_ahead as module  # noqa: E402
+from moert.compile_ahead import (  # noqa: E402
     HelperProcess,
     NothingAhead,
     able,
     compile_ahead,
+    compile_together,
     in_order,
     usable_cores,
     worker_count,
 )
+from moert.compile_job import CompileJob  # noqa: E402
 
 JOBS = [fake_job(f"job_{number}") for number in range(12)]
 
@@ -217,9 +219,13 @@ def compile_twice() -> None:
             if launch.name in ("combine_kernel", "down_specialised_kernel"):
                 launches.setdefault(launch.name, (job, launch))
     jobs = [job for job, _ in launches.values()]
+    known = [[job.cached(target) for job in jobs]]
     helper = HelperProcess(jobs, target, workers=2)
     helper.wait(jobs)
     helper.close()
+    known.append([job.cached(target) for job in jobs])
+    # of another device nothing is known
+    known.append([job.cached(GPUTarget("cuda", 80, 32)) for job in jobs])
 
     def files() -> int:
         return sum(path.is_file() for path in Path(triton.knobs.cache.dir).rglob("*"))
@@ -229,7 +235,8 @@ def compile_twice() -> None:
     for _, launch in launches.values():
         compile_launch(launch, cfg.torch_dtype, target=target)
     gluon = [launch.kernel.is_gluon() for _, launch in launches.values()]
-    print(json.dumps({"hits": hits, "files": [before, files()], "gluon": sorted(gluon)}))
+    counts = [before, files()]
+    print(json.dumps({"hits": hits, "files": counts, "gluon": sorted(gluon), "known": known}))
 
 
 @pytest.mark.skipif(
@@ -246,3 +253,64 @@ def test_the_helpers_kernels_are_found(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["gluon"] == [False, True] and found["hits"] == [True, True]
     assert found["files"][0] == found["files"][1] > 10
+    assert found["known"] == [[False] * 2, [True] * 2, [False] * 2]
+
+
+class Known(CompileJob):
+    """Of which Triton's cache is said to have every second one, or nothing can be said."""
+
+    __slots__ = ()
+
+    def cached(self, target: Any) -> bool | None:
+        assert target == "target"
+        number = int(self.name)
+        return None if number < 2 else number % 2 == 0
+
+
+def known(count: int) -> list[CompileJob]:
+    return [Known("", str(number), (), (), (), ()) for number in range(count)]
+
+
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What helpers were asked for, and for which jobs they were waited."""
+    asked: list[Any] = []
+
+    class Recorded:
+        def __init__(self, jobs: list[CompileJob], target: Any, workers: int) -> None:
+            asked.append(("start", [job.name for job in jobs]))
+
+        def wait(self, jobs: Collection[CompileJob]) -> None:
+            asked.append(("wait", len(jobs)))
+
+        def close(self) -> None:
+            asked.append(("close",))
+
+    monkeypatch.setattr(module, "HelperProcess", Recorded)
+    return asked
+
+
+@pytest.mark.usefixtures("compiling")
+def test_what_is_cached_is_not_compiled_ahead(helpers: list[Any]) -> None:
+    jobs = known(40)
+    compile_together([*jobs, *jobs])
+    missing = ["0", "1", *(str(number) for number in range(3, 40, 2))]
+    assert helpers == [("start", missing), ("wait", 40), ("close",)]
+    helpers.clear()
+    # too few are left
+    compile_together(known(20))
+    compile_together(())
+    assert helpers == []
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_helper_is_closed_when_waiting_ends_early(
+    helpers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.HelperProcess, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compile_together(known(40))
+    assert helpers[-1] == ("close",)

@@ -16,8 +16,8 @@ import pytest
 from code_size import ROOT
 from compile_deeds import deeds
 
+from moert.compile_ahead import HelperProcess
 from moert.compile_job import CompileJob
-from moert.tuning.compile_ahead import HelperProcess
 
 pytest.importorskip("triton")
 

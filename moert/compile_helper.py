@@ -1,4 +1,4 @@
-"""The process behind `moert.tuning.compile_ahead`: compiles kernels into Triton's cache on disk.
+"""The process behind `moert.compile_ahead`: compiles kernels into Triton's cache on disk.
 
 `main` reads one pickle (target, jobs, workers) from standard
 input, forks a process for each job, so many at a time, and writes a line of JSON for each that is done: its

@@ -1,4 +1,5 @@
-"""Kernels compiled before a bucket needs them, in processes, while the buckets before it are timed.
+"""Kernels compiled before they are needed, in processes: at a start with an empty cache all at once, while
+tuning those of the next buckets beside the timing of the ones before.
 
 Triton's compiler holds Python's lock most of the time, so threads hardly help. The processes leave what they
 compile in Triton's cache on disk, where this process finds it; what they cannot do it does by itself. So
@@ -36,7 +37,7 @@ STOP_S: Final = 2.0  # for the helper to end by itself
 RUN_HELPER: Final = """
 import sys
 parent, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
-from moert.tuning.compile_helper import main
+from moert.compile_helper import main
 main(parent)
 """
 CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
@@ -108,9 +109,9 @@ def able() -> bool:
 
 
 def compile_ahead(jobs: Sequence[CompileJob]) -> Ahead:
-    """Start to compile the jobs for the current device, in their order."""
-    workers = worker_count(len(jobs), usable_cores())
-    if not workers:
+    """Start to compile for the current device, in their order, the jobs that Triton's cache may lack."""
+    cores = usable_cores()
+    if not worker_count(len(jobs), cores):
         return NothingAhead()
     import triton
 
@@ -118,15 +119,30 @@ def compile_ahead(jobs: Sequence[CompileJob]) -> Ahead:
         if not able():
             return NothingAhead()
         target = triton.runtime.driver.active.get_current_target()
-        return HelperProcess(jobs, target, workers)
+        missing = [job for job in jobs if not job.cached(target)]
+        workers = worker_count(len(missing), cores)
+        return HelperProcess(missing, target, workers) if workers else NothingAhead()
     except Exception as error:
         # whatever it is: this process can compile
         log.debug("no helper to compile ahead: %r", error)
         return NothingAhead()
 
 
+def compile_together(jobs: Iterable[CompileJob]) -> None:
+    """Compile for the current device what Triton's cache may lack, many at a time, and wait for it.
+
+    What is little, or cannot be compiled elsewhere, is left to whoever needs it.
+    """
+    wanted = list(dict.fromkeys(jobs))
+    ahead = compile_ahead(wanted)
+    try:
+        ahead.wait(wanted)
+    finally:
+        ahead.close()
+
+
 class HelperProcess:
-    """A process of `moert.tuning.compile_helper` at work.
+    """A process of `moert.compile_helper` at work.
 
     Args:
         jobs: in the order in which they are wanted.
