@@ -30,24 +30,37 @@ from moert.device import device_facts  # noqa: E402
 
 Part = Callable[[dict[str, Any]], bool]  # fills in what is reported, tells whether all was well
 
+# compile hundreds of kernels, and look at nobody else's memory
 COMPILE_MUCH = ("test_gpu_block.py", "test_gpu_choices.py")
 QWEN3_30B = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
 # much like it, and nobody ships its plans
 UNKNOWN = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=704)
 
 
-def contract_tests(part: dict[str, Any]) -> bool:
-    """Every test marked gpu, file by file, each with a line of its own as it ends.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
 
-    With pytest-xdist, files that compile hundreds of kernels and look at nobody else's memory are shared out.
-    """
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    found = subprocess.run(
-        [*pytest, "--collect-only", "tests"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    files = dict.fromkeys(
-        line.split("::")[0] for line in found.stdout.splitlines() if line.startswith("tests/")
-    )
+
+def gpu_test_files() -> list[str]:
+    """Those with a test marked gpu."""
+    command = [*PYTEST, "--collect-only", "tests"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = (line for line in found.stdout.splitlines() if line.startswith("tests/"))
+    return list(dict.fromkeys(line.split("::")[0] for line in lines))
+
+
+def contract_tests(part: dict[str, Any]) -> bool:
+    """Every test marked gpu but for `every_choice`."""
+    return run_files(part, [f for f in gpu_test_files() if Path(f).name not in COMPILE_MUCH])
+
+
+def every_choice(part: dict[str, Any]) -> bool:
+    """The tests that compile whatever plans may name."""
+    return run_files(part, [f for f in gpu_test_files() if Path(f).name in COMPILE_MUCH])
+
+
+def run_files(part: dict[str, Any], files: list[str]) -> bool:
+    """File by file, each with a line of its own as it ends; what compiles much with pytest-xdist, if it is
+    there."""
     part |= {"files": {}, "failed": [], "errors": []}
     for file in files:
         start = time.perf_counter()
@@ -57,7 +70,7 @@ def contract_tests(part: dict[str, Any]) -> bool:
         count = min(8, max(4, len(os.sched_getaffinity(0)) // 2))
         workers = ["-n", str(count), "--dist", "worksteal"] if shared else []
         done = subprocess.run(
-            [*pytest, *workers, file], cwd=ROOT, capture_output=True, text=True, check=False
+            [*PYTEST, *workers, file], cwd=ROOT, capture_output=True, text=True, check=False
         )
         lines = done.stdout.strip().splitlines()
         summary = lines[-1] if lines else done.stderr[-500:]
@@ -208,6 +221,7 @@ def start_up_child() -> None:
 
 PARTS: dict[str, Part] = {
     "contract tests": contract_tests,
+    "every choice": every_choice,
     "memory checker": memory_checker,
     "host cost": host_cost,
     "chained replays": chained_replays,
@@ -264,16 +278,16 @@ def main() -> int:
         "device": facts.name,
         "made_with": {"torch": torch.__version__, "triton": triton.__version__},
     }
-    parts = kept(out / "gpu_check.json", heading) if args.only else {}
-    asked = args.only or list(PARTS)
+    asked, found = args.only or list(PARTS), {}
     for name in asked:
-        parts |= run_parts({name: PARTS[name]})
-        # written after every part: an interruption keeps what there is
+        found |= run_parts({name: PARTS[name]})
+        # written after every part: an interruption keeps what there is, and others may be at other parts
+        parts = (kept(out / "gpu_check.json", heading) if args.only else {}) | found
         report = {**heading, "parts": {part: parts[part] for part in PARTS if part in parts}}
         (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
         lines = [told(*part) for part in report["parts"].items()]
         (out / "gpu_check.txt").write_text("\n".join(lines) + "\n")
-    return 0 if all(parts[name]["passed"] for name in asked) else 1
+    return 0 if all(part["passed"] for part in found.values()) else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: contract tests, memory checker, host cost, chained
+# Everything that only a GPU can show, in one command: contract tests, every choice, memory checker, host cost, chained
 # replays, start-up. Writes JSON and a summary under bench/results/<device>/.
 # MOERT_PYTHON names the interpreter (torch with a GPU, triton, pytest); default: python3 if it has them.
 set -euo pipefail

@@ -49,6 +49,7 @@ STEPS = (
     Step("host", ("scripts/gpu_check.py", "--only", "host cost", "chained replays")),
     Step("plans", ("scripts/ship_plans.py", "--format", "bfloat16"), ("host",)),
     Step("plans-int4", ("scripts/ship_plans.py", "--format", "int4"), ("host",)),
+    Step("choices", ("scripts/gpu_check.py", "--only", "every choice"), ("host",)),
     Step(
         "checks",
         ("scripts/gpu_check.py", "--only", "contract tests", "start-up", "memory checker"),

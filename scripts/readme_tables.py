@@ -191,7 +191,8 @@ def host_lines(part: dict[str, Any]) -> list[str]:
     )
     return [
         f"Host time of a replayed `forward`: {known} us with the tensors of the last call, {new} us with new "
-        f"addresses; a bare graph replay, measured beside it: {bare} us."
+        f"addresses; a bare graph replay, measured beside it: {bare} us"
+        + ("." if part["passed"] else "; the check wants at most 4 and 10 more.")
     ]
 
 
@@ -211,23 +212,29 @@ def chain_lines(part: dict[str, Any]) -> list[str]:
 
 def start_lines(part: dict[str, Any]) -> list[str]:
     cold, warm = part["cold"], part["warm"]
+    lacking = "with nothing cached or shipped (tuning every bucket and compiling)"
+    if "shipped" in cold["sources"]:
+        lacking = "with plans shipped for the buckets, and nothing cached"
     return [
-        f"Start-up of one geometry: {cold['first s']:.0f} s with nothing cached or shipped (tuning every "
-        f"bucket and compiling), {warm['first s']} s with warm caches; each further layer that shares: "
-        f"{warm['further ms']:.0f} ms. Graphs of 48 layers: {warm['graphs MiB']} MiB."
+        f"Start-up of one geometry: {cold['first s']:.0f} s {lacking}, {warm['first s']} s with warm "
+        f"caches; each further layer that shares: {warm['further ms']:.0f} ms. Graphs of 48 layers: "
+        f"{warm['graphs MiB']} MiB."
     ]
 
 
 def verdict_lines(parts: dict[str, Any]) -> list[str]:
     lines = []
-    if tests := parts.get("contract tests"):
-        counts = re.findall(r"\d+ (?:failed|passed|errors?)", tests["summary"])
-        counts.sort(key=lambda count: "passed" not in count)
-        names = [f"`{line.split('::')[-1].split()[0]}`" for line in tests.get("failed", [])]
-        lines.append(
-            f"Tests that need a GPU: {', '.join(counts)}"
-            + (f" ({', '.join(names)})." if names else ".")
-        )
+    for part, what in (
+        ("contract tests", "Tests that need a GPU"),
+        ("every choice", "Tests of whole blocks and of every choice that plans may make"),
+    ):
+        if tests := parts.get(part):
+            counts = re.findall(r"\d+ (?:failed|passed|errors?)", tests["summary"])
+            counts.sort(key=lambda count: "passed" not in count)
+            names = [f"`{line.split('::')[-1].split()[0]}`" for line in tests.get("failed", [])]
+            lines.append(
+                f"{what}: {', '.join(counts)}" + (f" ({', '.join(names)})." if names else ".")
+            )
     checker = parts.get("memory checker", {})
     if found := re.search(r"(\d+) errors?", checker.get("summary", "")):
         lines.append(f"Memory checker over eager launches, replays and routing: {found[0]}.")

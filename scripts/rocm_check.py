@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "bench"), str(ROOT 
 DECODE_SHAPE, DECODE_TOKENS = "qwen3-30b-a3b", (1, 2, 4, 8, 16, 32, 64, 128)
 PARTS = (
     "contract tests",
+    "every choice",
     "allocations and copies",
     "graph replay",
     "aiter backend",
@@ -166,6 +167,7 @@ def all_parts() -> dict[str, Any]:
     tokens = [str(count) for count in DECODE_TOKENS]
     checks = (
         gpu_check.contract_tests,
+        gpu_check.every_choice,
         allocations_and_copies,
         graph_replay,
         aiter_backend,

@@ -92,8 +92,10 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     found = backend.candidates(bucket, STRATEGIES)
     portable = [choice for choice in found if kernels_of(choice) == {"tile"}]
     left_out = set(portable) if backend.cfg.quant is None else set(portable) - set(portable[::4])
+    specialised = [choice for choice in found if kernels_of(choice) == {"specialised"}]
     if backend.facts.compute_units == FEW_UNITS:
-        return [choice for choice in found if kernels_of(choice) == {"specialised"}]
+        # 15 s of compiling for a kernel of int4 weights
+        return specialised[::3]
     # beside one of each strategy and kind, tiles for crowds
     kinds = {(choice.strategy, *kernels_of(choice)): choice for choice in reversed(found)}
     crowded = [c for choice in kinds.values() for c in backend.crowded_choices(choice, bucket)]

@@ -2,6 +2,12 @@
 
 A choice is fastest for the routing it was timed with, which is even. Where all tokens take the same experts,
 every expert has as many rows as there are tokens, and blocks of few rows read its weights again and again.
+
+On an H200, microseconds a layer with all tokens on the same experts, in brackets before: E=128 K=4 H=I=2880
+in bfloat16, T=256 128 (412), T=64 100 (121); E=256 K=8 H=7168 I=256, T=256 117 (204); E=128 K=8 H=2048
+I=768, T=256 61 (92). By even routing two kernels that have nothing to do cost about 2 us (the last layer at
+T=512: 310.7 for 308.6). Tried and lost: a specialised kernel that ends before its warps part where it has no
+blocks (0.3 us at most, in 30 cells).
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ Maker = Callable[[], Program]
 # one call of a timed graph: sets up the call object, then enqueues a program on a raw stream handle
 Enqueue = Callable[[int], None]
 
-# compilation holds Python's lock most of the time: 0.11 s a kernel alone, 0.06 s with 8 threads, more with 16
+# what was not compiled ahead: compilation holds Python's lock most of the time, 0.11 s a kernel alone, 0.06 s
+# with 8 threads, more with 16
 COMPILE_THREADS: Final = 8
 GROUP_US: Final = 1500.0  # time of one group of replays: long against an event's resolution
 MAX_REPLAYS: Final = 50  # in a group
