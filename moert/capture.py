@@ -11,6 +11,7 @@ from moert.backends.triton import CompiledProgram
 from moert.call import call_key
 from moert.errors import StateError
 from moert.graphs import CapturedPlan
+from moert.plan import Plan
 from moert.share import ShareGroup
 from moert.topk import TopK, distinct_ids
 
@@ -27,14 +28,33 @@ class StartUpRows:
         self.out = torch.empty_like(self.x)
         scores = torch.rand(tokens, cfg.num_experts, generator=generator, device=device)
         self.ids = distinct_ids(scores, cfg.top_k)
+        self._crowd: torch.Tensor | None = None
         self.weights = torch.full_like(self.ids, 1.0 / cfg.top_k, dtype=torch.float32)
 
-    def set(self, tokens: int) -> torch.Tensor:
-        """Make the first rows the present call; what it writes."""
+    def set(self, tokens: int, crowd: bool = False) -> torch.Tensor:
+        """Make the first rows the present call; what it writes.
+
+        Args:
+            crowd: all rows take the first one's experts.
+        """
         x, out = self.x[:tokens], self.out[:tokens]
-        topk = TopK(self.weights[:tokens], self.ids[:tokens])
+        if crowd and self._crowd is None:
+            self._crowd = self.ids[:1].expand_as(self.ids).contiguous()
+        ids = self._crowd if crowd and self._crowd is not None else self.ids
+        topk = TopK(self.weights[:tokens], ids[:tokens])
         self._call.set(call_key(x, topk, out, None, "keep"), x, topk, out, None)
         return out
+
+
+def start_up_calls(plan: Plan) -> list[tuple[int, bool]]:
+    """(rows, whether all take the same experts) of calls in which every kernel of a plan does something."""
+    calls = [(plan.tokens, False)]
+    if tall := plan.choice.crowded_bm:
+        # as many rows as certainly are a crowd
+        calls.append(
+            (plan.tokens - plan.tokens % tall if plan.tokens > tall else plan.tokens, True)
+        )
+    return calls
 
 
 def capture_plans(group: ShareGroup, programs: Sequence[Program]) -> list[CapturedPlan | None]:
@@ -68,13 +88,14 @@ def capture_plans(group: ShareGroup, programs: Sequence[Program]) -> list[Captur
                 assert isinstance(program, CompiledProgram)
                 first.set(plan.tokens)
                 graphs[slot] = graph = _captured(group, program, plan.tokens)
-                out, want = second.set(plan.tokens), expected[: plan.tokens]
-                program.launch(group.call, stream.cuda_stream, group.labels)
-                want.copy_(out)
-                out.fill_(float("nan"))
-                graph.update()
-                graph.launch(stream.cuda_stream)
-                differs[slot] = (_bits(out) != _bits(want)).any()
+                for rows, crowd in start_up_calls(plan):
+                    out, want = second.set(rows, crowd), expected[:rows]
+                    program.launch(group.call, stream.cuda_stream, group.labels)
+                    want.copy_(out)
+                    out.fill_(float("nan"))
+                    graph.update()
+                    graph.launch(stream.cuda_stream)
+                    differs[slot] |= (_bits(out) != _bits(want)).any()
             # waits for all of them
             wrong = [p.tokens for p, n in zip(group.plans, differs.tolist(), strict=True) if n]
         used = free - torch.cuda.mem_get_info(group.device)[0]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from moert.compile_job import CompileJob
-from moert.env import environment_with
+from moert.env import environment_with, local_processes
 
 log = logging.getLogger("moert")
 
@@ -79,7 +79,8 @@ def in_order(
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, by its affinity and by the limit of its container."""
+    """Cores that this process may use, by its affinity, the limit of its container, and the processes that
+    torch's launcher has started beside it."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -87,7 +88,7 @@ def usable_cores() -> int:
         # microseconds in each period, or "max"
         quota, period = CGROUP_LIMIT.read_text(encoding="ascii").split()
         cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    return max(1, cores // local_processes())
 
 
 def worker_count(jobs: int, cores: int) -> int:
@@ -220,6 +221,8 @@ class HelperProcess:
 
     def _talk(self, message: bytes) -> None:
         """Hand over the jobs and take the answers, until the helper ends."""
+        # a helper that is gone is an error of this thread's write, whatever the process made of such signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         try:
             self._inbox.write(message)
             self._inbox.flush()

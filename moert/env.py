@@ -147,6 +147,12 @@ def read_env(environ: Mapping[str, str] | None = None) -> Env:
     return Env(**found)  # type: ignore[arg-type]
 
 
+def local_processes() -> int:
+    """Processes of a job on this machine, as torch's launcher says; 1 where nothing is said."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
 def environment_with(**changes: str) -> dict[str, str]:
     """This process's environment with other variables, for a process to be started."""
     return {**os.environ, **changes}

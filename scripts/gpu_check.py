@@ -27,6 +27,7 @@ import triton  # noqa: E402
 
 from moert.config import MoEConfig  # noqa: E402
 from moert.device import device_facts  # noqa: E402
+from moert.tuning.lock import exclusive  # noqa: E402
 
 Part = Callable[[dict[str, Any]], bool]  # fills in what is reported, tells whether all was well
 
@@ -65,8 +66,7 @@ def run_files(part: dict[str, Any], files: list[str]) -> bool:
     for file in files:
         start = time.perf_counter()
         shared = importlib.util.find_spec("xdist") and Path(file).name in COMPILE_MUCH
-        # compiling is what takes long, of which each does some in processes; each has its own share of the
-        # device's memory
+        # each compiles in processes of its own and takes a share of the device's memory
         count = min(8, max(4, len(os.sched_getaffinity(0)) // 2))
         workers = ["-n", str(count), "--dist", "worksteal"] if shared else []
         done = subprocess.run(
@@ -256,10 +256,27 @@ def kept(file: Path, heading: dict[str, Any]) -> dict[str, Any]:
     """The parts of an earlier report of the same device and versions."""
     try:
         report = json.loads(file.read_text())
-    except (OSError, ValueError):
+        same = all(report[key] == value for key, value in heading.items())
+        return dict(report["parts"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    same = all(report.get(key) == value for key, value in heading.items())
-    return dict(report["parts"]) if same else {}
+
+
+def write_report(out: Path, heading: dict[str, Any], found: dict[str, Any], merged: bool) -> None:
+    """gpu_check.json and its text, replaced whole.
+
+    Args:
+        found: parts of this run.
+        merged: those of an earlier report, or of a run at other parts meanwhile, stay.
+    """
+    with exclusive(Path(tempfile.gettempdir()) / "moert-gpu-check.lock"):
+        parts = (kept(out / "gpu_check.json", heading) if merged else {}) | found
+        report = {**heading, "parts": {name: parts[name] for name in PARTS if name in parts}}
+        lines = [told(*part) for part in report["parts"].items()]
+        for name, text in (("json", json.dumps(report, indent=1)), ("txt", "\n".join(lines))):
+            fresh = out / f"gpu_check.{name}.new"
+            fresh.write_text(text + "\n")
+            os.replace(fresh, out / f"gpu_check.{name}")
 
 
 def main() -> int:
@@ -281,12 +298,8 @@ def main() -> int:
     asked, found = args.only or list(PARTS), {}
     for name in asked:
         found |= run_parts({name: PARTS[name]})
-        # written after every part: an interruption keeps what there is, and others may be at other parts
-        parts = (kept(out / "gpu_check.json", heading) if args.only else {}) | found
-        report = {**heading, "parts": {part: parts[part] for part in PARTS if part in parts}}
-        (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-        lines = [told(*part) for part in report["parts"].items()]
-        (out / "gpu_check.txt").write_text("\n".join(lines) + "\n")
+        # after every part: an interruption keeps what there is
+        write_report(out, heading, found, bool(args.only))
     return 0 if all(part["passed"] for part in found.values()) else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -166,15 +167,50 @@ def test_no_result_for_long(
 
 
 @pytest.mark.usefixtures("compiling")
-@pytest.mark.parametrize("job", [JOBS[0], fake_job("unsendable")])
-def test_no_helper_can_be_had(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_helper_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Any:
         raise PermissionError("no more processes")
 
     monkeypatch.setattr(module, "start_helper", refuse)
-    if job is not JOBS[0]:
-        job = type(job)("", "", (), (("a lambda", lambda: None),), (), ())
+    assert isinstance(compile_ahead(JOBS), NothingAhead)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_job_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is started for the others then."""
+    started: list[bool] = []
+    monkeypatch.setattr(module, "start_helper", lambda: started.append(True))
+    job = CompileJob("", "", (), (("a lambda", lambda: None),), (), ())
     assert isinstance(compile_ahead([job, *JOBS]), NothingAhead)
+    assert started == []
+
+
+def write_to_nobody() -> None:
+    """A helper that ends before it has read all, in a process that ends at a broken pipe."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    module.start_helper = stand_in("")
+    jobs = [fake_job(f"{n} {'x' * 1000}") for n in range(1000)]
+    process = HelperProcess(jobs, "target", 2)
+    process.wait(jobs)
+    process.close()
+    print("went on")
+
+
+def test_a_broken_pipe_ends_nothing() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    words = [sys.executable, "-c", f"import {__name__} as tests; tests.write_to_nobody()"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+def test_cores_are_shared_with_the_other_processes_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(module, "CGROUP_LIMIT", tmp_path / "none")
+    for text, cores in (("8", 8), ("1", 64), ("", 64), ("many", 64), ("100", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+        assert usable_cores() == cores
 
 
 @pytest.mark.usefixtures("compiling")

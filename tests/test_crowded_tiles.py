@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from moert.arena import absent_views
 from moert.backends import int4_tiles, triton_tiles
 from moert.backends.crowded_tiles import LEAST_TOKENS, choices
 from moert.backends.triton import TritonBackend
 from moert.cli.absent import absent_weights
 from moert.config import MoEConfig, Quant
 from moert.device import KNOWN_DEVICES
-from moert.plan import STRATEGIES, Choice
+from moert.plan import STRATEGIES, Choice, Tile
 from moert.steps.sorting.layout import takes_crowded
 
 QWEN = MoEConfig(128, 8, 2048, 768)
@@ -61,8 +62,41 @@ def test_specialised_where_the_device_has_them(arch: str) -> None:
         # what runs in its place finds its buffers, and room in them
         for field in backend.fields(256, unaligned):
             assert fields[field.name].shape[0] >= field.shape[0]
+        for choice in found:
+            (sort, *_) = backend.launches(256, choice, absent_views(backend.fields(256, choice)))
+            sizes = {name: sort.constants[name] for name in ("BM", "CROWDED_BM", "REACH")}
+            assert choice.gate_up is not None
+            expected = (choice.gate_up.bm, choice.crowded_bm, choice.reach)
+            assert tuple(sizes.values()) == expected
         names = backend.kernels(256, found[0])
         assert [name.split("_")[0] for name in names[-5:-1]] == ["gate", "down"] * 2
+
+
+def test_weights_that_only_the_own_tiles_can_read() -> None:
+    """Tiles for crowds are left out then, and the others serve all."""
+    cfg, facts = LAYERS["bfloat16"], KNOWN_DEVICES["sm_90"]
+    weights = absent_weights(cfg, transposed=True)
+    own = Choice("one_shot", Tile(16, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4), True)
+    (crowded, *_) = choices(cfg, facts, own, 256)
+    backend = TritonBackend(cfg, weights, facts)
+    assert backend.can_run(own, 256) and not backend.can_run(crowded, 256)
+    assert backend.kernels(256, crowded) == backend.kernels(256, own)
+
+
+def test_the_device_is_told_how_far_a_reading_reaches() -> None:
+    """Blocks taken together count as one, which is where the two numbers differ."""
+    cfg, facts = LAYERS["bfloat16"], KNOWN_DEVICES["sm_90"]
+    together = [
+        choice
+        for choice in triton_tiles.candidates(cfg, facts, 64, ("one_shot",))
+        if choice.gate_up is not None and choice.reach > choice.gate_up.bm
+    ]
+    backend = TritonBackend(cfg, absent_weights(cfg), facts)
+    found = [other for choice in together for other in backend.crowded_choices(choice, 256)]
+    assert found
+    for choice in found:
+        (sort, *_) = backend.launches(256, choice, absent_views(backend.fields(256, choice)))
+        assert sort.constants["REACH"] == choice.reach > sort.constants["BM"]
 
 
 def test_no_tile_that_fits_no_tile_for_crowds() -> None:

@@ -149,5 +149,22 @@ def test_gpu_check_keeps_what_was_not_asked_for(tmp_path: Path) -> None:
     )
     assert gpu_check.kept(file, heading) == {"a": {"passed": True}}
     assert gpu_check.kept(file, {**heading, "device": "B"}) == {}
-    file.write_text("{")
-    assert gpu_check.kept(file, heading) == {}
+    for text in ("{", "[]", "7", '{"device": "A", "made_with": {"torch": "1"}}'):
+        file.write_text(text)
+        assert gpu_check.kept(file, heading) == {}
+
+
+def test_runs_at_different_parts_share_a_report(tmp_path: Path) -> None:
+    heading = {"device": "A", "made_with": {"torch": "1"}}
+    first, second = "host cost", "start-up"
+    gpu_check.write_report(tmp_path, heading, {second: {"passed": True, "n": 1}}, True)
+    gpu_check.write_report(tmp_path, heading, {first: {"passed": False}}, True)
+    gpu_check.write_report(tmp_path, heading, {second: {"passed": True, "n": 2}}, True)
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert report["parts"] == {first: {"passed": False}, second: {"passed": True, "n": 2}}
+    text = (tmp_path / "gpu_check.txt").read_text()
+    assert text == 'FAIL  host cost  {}\nPASS  start-up  {"n": 2}\n'
+    # a run of everything begins anew
+    gpu_check.write_report(tmp_path, heading, {first: {"passed": True}}, False)
+    assert gpu_check.kept(tmp_path / "gpu_check.json", heading) == {first: {"passed": True}}
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu_check.json", "gpu_check.txt"}

@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuning_fakes import DEFAULT, FAST, PHASED, FakeBackend, FakeProbes, tune
+from tuning_fakes import (
+    CFG,
+    DEFAULT,
+    FAST,
+    PHASED,
+    FakeBackend,
+    FakeProbes,
+    fake_record,
+    fake_store,
+    tune,
+)
 
+from moert.arena import Arena
 from moert.call import Call
 from moert.plan import Choice, Tile
+from moert.tuning.check import Check, new_call
 
 
 @pytest.mark.parametrize(
@@ -64,6 +76,36 @@ def test_tiles_for_crowds_of_the_fastest(
     assert (again.choice, again.source) == (plan.choice, "cache")
 
 
+def test_the_next_bucket_finds_tiles_for_crowds_of_its_own(tmp_path: Path) -> None:
+    """The neighbour's winner comes without those it had."""
+    us, skewed = {FAST: 50.0, CROWDS[0]: 50.5}, {FAST: 80.0, CROWDS[0]: 20.0}
+    crowds = {CROWDS[0]}
+
+    class Once(FakeBackend):
+        def crowded_choices(self, choice: Choice, tokens: int) -> list[Choice]:
+            return CROWDS[:1] if choice == FAST and tokens == 64 else []
+
+    once = Once()
+    plans = tune(tmp_path, FakeProbes(us, skewed=skewed), once, sizes=[(64, True), (128, True)])
+    assert [plan.choice for plan in plans] == [CROWDS[0], FAST]
+    assert crowds & {choice for tokens, choice in once.made if tokens == 64}
+    assert not crowds & {choice for tokens, choice in once.made if tokens == 128}
+
+
+@pytest.mark.parametrize("wrong", [None, FAST, CROWDS[0]])
+def test_a_record_of_another_version_is_checked_without_its_tiles_for_crowds_too(
+    wrong: Choice | None, tmp_path: Path
+) -> None:
+    """Where even routing crowds, nothing else runs what serves all other calls."""
+    backend = FakeBackend()
+    store = fake_store(tmp_path, backend)
+    store.add(64, 0, fake_record(CROWDS[0], moert="0"))
+    if wrong is not None:
+        backend.spoil[wrong] = lambda y, *_: y * 1.01
+    (plan,) = tune(tmp_path, FakeProbes({PHASED: 1.0}), backend, sizes=[(64, True)], store=store)
+    assert plan.choice == (CROWDS[0] if wrong is None else PHASED)
+
+
 def test_tiles_for_crowds_of_the_default(tmp_path: Path) -> None:
     """They need not beat it by even routing; what others have does not count."""
     backend = FakeBackend()
@@ -103,3 +145,32 @@ def test_few_tokens_are_timed_by_even_routing_alone(tmp_path: Path) -> None:
     probes = FakeProbes({FAST: 50.0, PHASED: 50.5}, skewed={FAST: 40.0, PHASED: 20.0})
     (plan,) = tune(tmp_path, probes, sizes=[(8, True)])
     assert plan.choice == FAST and not any(repeated.skewed for repeated in probes.repeats)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "crowded_bm", "live"),
+    [(100, 64, 64), (128, 64, 128), (250, 64, 192), (48, 64, 48), (100, 0, 100)],
+)
+def test_a_crowd_is_as_many_rows_as_certainly_are_one(
+    tokens: int, crowded_bm: int, live: int
+) -> None:
+    """All of them on one token's experts, whatever its ids; the others are neither read nor written."""
+    backend = FakeBackend()
+    check, call = Check(CFG, backend.weights, tokens), new_call(CFG, torch.device("cpu"))
+    arena = Arena(torch.device("cpu"), 256)
+    views = arena.views(backend.fields(tokens, DEFAULT))
+    seen: list[tuple[int, bool]] = []
+
+    def run(call: Call) -> None:
+        ids = call.topk.ids
+        seen.append((call.live_on_host(), bool((ids == ids[:1]).all())))
+        backend.program(tokens, DEFAULT, views).run(call, 0)
+
+    assert check.crowded_fault(run, call, arena, crowded_bm) is None
+    assert seen == [(live, True)]
+    wrong = FakeBackend(weights=backend.weights)
+    wrong.spoil[DEFAULT] = lambda y, *_: y * 1.01
+    fault = check.crowded_fault(
+        lambda call: wrong.program(tokens, DEFAULT, views).run(call, 0), call, arena, crowded_bm
+    )
+    assert fault is not None and fault.startswith("all tokens on the same experts")

@@ -8,6 +8,7 @@ combine; both GEMMs twice where a plan has tiles for crowds. Every sum has a fix
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,9 +112,12 @@ class TritonBackend(Backend):
     def launches(self, tokens: int, choice: Choice, views: Views) -> list[Launch]:
         """The launches of a plan in order; pure but for the tensors it names.
 
-        Weights that a plan made for others cannot read go through portable kernels on the same arena.
+        Weights that a plan made for others cannot read go without its tiles for crowds, or through portable
+        kernels on the same arena.
         """
         cfg, weights = self.cfg, self.weights
+        if choice.crowded and not self.can_run(choice, tokens):
+            choice = replace(choice, crowded=None)
         if not self.can_run(choice, tokens):
             choice = self.unaligned(choice)
         if choice.strategy == "none":

@@ -63,8 +63,10 @@ class Trial:
 
     def _allocate(self, choices: Sequence[Choice]) -> tuple[list[Choice], Arena]:
         """The candidates that fit, and an arena for the largest of them."""
-        # the check keeps a second output
-        limit = int(MEMORY_FRACTION * self._layer.probes.free_bytes()) - self._check.out.nbytes
+        # outputs that the check keeps
+        kept = 1 + any(choice.crowded for choice in choices)
+        free = int(MEMORY_FRACTION * self._layer.probes.free_bytes())
+        limit = free - kept * self._check.out.nbytes
         while True:
             sizes = {choice: self._bytes(choice) for choice in choices}
             fitting = [choice for choice in choices if sizes[choice] <= limit]

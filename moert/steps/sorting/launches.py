@@ -140,7 +140,7 @@ def sort_launches(
         expert_mask: [E] int32, 0 for experts to leave out; None to keep all.
         dependent: each launch starts while its predecessor drains.
         crowded_block_m: as for `sort_fields`.
-        reach: of blocks of `block_m`, see there; 0 for `block_m`.
+        reach: rows that one reading of an expert's weights serves in blocks of `block_m`, if more than that.
     """
     if strategy == "none":
         return []
