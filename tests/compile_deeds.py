@@ -22,7 +22,11 @@ class Deed(CompileJob):
     def compile(self, target: Any = None, kernel: Any = None) -> Any:
         assert target == "target"
         what = self.name.split("-")[0]
-        (Path(self.module) / self.name).write_text(f"{os.getpid()} {time.monotonic_ns()}")
+        left = Path(self.module) / self.name
+        # whole at once, for who looks meanwhile
+        fresh = left.with_name(f".{self.name}")
+        fresh.write_text(f"{os.getpid()} {time.monotonic_ns()}")
+        fresh.replace(left)
         print("nobody reads this")
         if what == "fail":
             raise ValueError("no such layout")

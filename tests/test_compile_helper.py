@@ -56,7 +56,8 @@ def helper(jobs: list[CompileJob], workers: int = 2) -> Iterator[HelperProcess]:
 
 def begun(folder: Path) -> list[str]:
     """Names of the jobs in the order in which they were begun."""
-    return sorted(os.listdir(folder), key=lambda name: int((folder / name).read_text().split()[1]))
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    return sorted(names, key=lambda name: int((folder / name).read_text().split()[1]))
 
 
 def test_jobs_are_begun_in_order_each_in_a_process(tmp_path: Path) -> None:
