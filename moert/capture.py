@@ -13,7 +13,8 @@ from moert.errors import StateError
 from moert.graphs import CapturedPlan
 from moert.plan import Plan
 from moert.share import ShareGroup
-from moert.topk import TopK, distinct_ids
+from moert.steps.sorting.layout import certain_crowd
+from moert.topk import TopK, all_as_first, distinct_ids
 
 
 class StartUpRows:
@@ -39,7 +40,7 @@ class StartUpRows:
         """
         x, out = self.x[:tokens], self.out[:tokens]
         if crowd and self._crowd is None:
-            self._crowd = self.ids[:1].expand_as(self.ids).contiguous()
+            self._crowd = all_as_first(self.ids)
         ids = self._crowd if crowd and self._crowd is not None else self.ids
         topk = TopK(self.weights[:tokens], ids[:tokens])
         self._call.set(call_key(x, topk, out, None, "keep"), x, topk, out, None)
@@ -50,10 +51,7 @@ def start_up_calls(plan: Plan) -> list[tuple[int, bool]]:
     """(rows, whether all take the same experts) of calls in which every kernel of a plan does something."""
     calls = [(plan.tokens, False)]
     if tall := plan.choice.crowded_bm:
-        # as many rows as certainly are a crowd
-        calls.append(
-            (plan.tokens - plan.tokens % tall if plan.tokens > tall else plan.tokens, True)
-        )
+        calls.append((certain_crowd(plan.tokens, tall), True))
     return calls
 
 

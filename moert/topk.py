@@ -29,6 +29,11 @@ def distinct_ids(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.nn.functional.pad(best, (0, missing), value=-1) if missing else best
 
 
+def all_as_first(ids: torch.Tensor) -> torch.Tensor:
+    """Ids [T, K] by which every token takes the experts of the first one of `ids` [T, K]."""
+    return ids[:1].expand_as(ids).contiguous()
+
+
 def as_topk(topk: TopK | tuple[torch.Tensor, torch.Tensor]) -> TopK:
     """A `TopK` from itself or from a plain pair in either order: the integer one is the ids.
 

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ UNKNOWN = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_siz
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
 
 
-def gpu_test_files() -> list[str]:
+@cache
+def gpu_test_files() -> tuple[str, ...]:
     """Those with a test marked gpu."""
     command = [*PYTEST, "--collect-only", "tests"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = (line for line in found.stdout.splitlines() if line.startswith("tests/"))
-    return list(dict.fromkeys(line.split("::")[0] for line in lines))
+    return tuple(dict.fromkeys(line.split("::")[0] for line in lines))
 
 
 def contract_tests(part: dict[str, Any]) -> bool:
@@ -56,21 +58,20 @@ def contract_tests(part: dict[str, Any]) -> bool:
 
 def every_choice(part: dict[str, Any]) -> bool:
     """The tests that compile whatever plans may name."""
-    return run_files(part, [f for f in gpu_test_files() if Path(f).name in COMPILE_MUCH])
+    files = [f for f in gpu_test_files() if Path(f).name in COMPILE_MUCH]
+    # each process compiles in further ones, and takes a share of the device's memory
+    count = min(8, max(4, len(os.sched_getaffinity(0)) // 2))
+    shared = importlib.util.find_spec("xdist") is not None
+    return run_files(part, files, ["-n", str(count), "--dist", "worksteal"] if shared else [])
 
 
-def run_files(part: dict[str, Any], files: list[str]) -> bool:
-    """File by file, each with a line of its own as it ends; what compiles much with pytest-xdist, if it is
-    there."""
+def run_files(part: dict[str, Any], files: list[str], options: Sequence[str] = ()) -> bool:
+    """File by file, each with a line of its own as it ends; options of pytest."""
     part |= {"files": {}, "failed": [], "errors": []}
     for file in files:
         start = time.perf_counter()
-        shared = importlib.util.find_spec("xdist") and Path(file).name in COMPILE_MUCH
-        # each compiles in processes of its own and takes a share of the device's memory
-        count = min(8, max(4, len(os.sched_getaffinity(0)) // 2))
-        workers = ["-n", str(count), "--dist", "worksteal"] if shared else []
         done = subprocess.run(
-            [*PYTEST, *workers, file], cwd=ROOT, capture_output=True, text=True, check=False
+            [*PYTEST, *options, file], cwd=ROOT, capture_output=True, text=True, check=False
         )
         lines = done.stdout.strip().splitlines()
         summary = lines[-1] if lines else done.stderr[-500:]

@@ -19,7 +19,7 @@ from moert.config import MoEConfig
 from moert.device import KNOWN_DEVICES
 from moert.env import SORT_POLICIES
 from moert.errors import ConfigError
-from moert.launch import Launch, compile_launch, signature
+from moert.launch import Launch, compile_job, compile_launch
 from moert.plan import STRATEGIES, Choice, Tile
 from moert.steps.checked_rows.launches import checked_rows_launch, clear_live_rows_launch
 from moert.steps.routing.triton import routing_launch
@@ -235,13 +235,4 @@ def specialisation(variant: Variant) -> tuple[Any, ...]:
         return (variant.arch, ROUTING, variant.index, tuple(constants.items()), bias, warps)
     launch = variant.launch()
     row_multiple = variant.layer.backend(variant.arch).row_multiple
-    sig, constants, attrs = signature(launch, cfg.torch_dtype, variant.aligned, row_multiple)
-    return (
-        variant.arch,
-        launch.name,
-        *(tuple(part.items()) for part in (sig, constants)),
-        tuple(attrs),
-        launch.num_warps,
-        launch.num_stages,
-        tuple(launch.options.items()),
-    )
+    return variant.arch, compile_job(launch, cfg.torch_dtype, variant.aligned, row_multiple)

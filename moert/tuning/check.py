@@ -12,7 +12,8 @@ from moert.arena import Arena
 from moert.call import Call, call_key
 from moert.config import MoEConfig, Routing
 from moert.steps.experts_reference import experts_reference
-from moert.topk import TopK, distinct_ids
+from moert.steps.sorting.layout import certain_crowd
+from moert.topk import TopK, all_as_first, distinct_ids
 from moert.weights import ExpertWeights, Matrix
 
 # relative L2 error of a right result: a few roundings to the dtype (of h, of y, of out), measured below half
@@ -26,12 +27,12 @@ CHUNK: Final = 256  # rows compared at once, to bound the memory of the comparis
 
 
 @dataclass
-class Crowd:
-    """All tokens on the same experts.
+class Sample:
+    """A routing of the inputs, and what has to come of it.
 
     Args:
-        rows, expected: the sample, [rows, H] float32.
-        baseline: [T, H] of the first program that passed.
+        rows, expected: of the output, the latter [rows, H] float32.
+        baseline: [T, H] of the first program that passed, where not all rows are in the sample.
     """
 
     topk: TopK
@@ -66,17 +67,20 @@ class Check:
         self.out = torch.empty_like(self.x)
         self.live = tokens - tokens // 4
         self._num_valid = torch.tensor(self.live, dtype=torch.int32, device=device)
-        self._crowd_valid = torch.empty_like(self._num_valid)
         self._tail = self.x[self.live :].clone()
-        self._baseline: torch.Tensor | None = None
         self._layer = cfg, weights
-        self.rows, self._expected = self._reference(self.topk)
-        self._crowd: Crowd | None = None
+        self._even = self._sample(self.topk)
+        self._crowd: Sample | None = None
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Of the output, those that are compared with the reference."""
+        return self._even.rows
 
     @property
     def possible(self) -> bool:
         """The reference is finite: weights that nobody has filled yet cannot be checked."""
-        return bool(torch.isfinite(self._expected).all())
+        return bool(torch.isfinite(self._even.expected).all())
 
     def fault(self, run: Callable[[Call], None], call: Call, arena: Arena) -> str | None:
         """What is wrong with a program's output, or None.
@@ -86,36 +90,14 @@ class Check:
             call: for this device.
             arena: that the program's views are of; poisoned before each run.
         """
-        fault = self._fault(run, call, arena, None)
+        fault = self._fault(run, call, arena, self._even, self.tokens)
         if fault is None and self.live < self.tokens:
             # as a padded batch: nothing of the rows from `live` on may be read or written
             self.x[self.live :].fill_(float("nan"))
             try:
-                fault = self._fault(run, call, arena, self._num_valid)
+                fault = self._fault(run, call, arena, self._even, self.live)
             finally:
                 self.x[self.live :].copy_(self._tail)
-        return fault
-
-    def _fault(
-        self,
-        run: Callable[[Call], None],
-        call: Call,
-        arena: Arena,
-        num_valid: torch.Tensor | None,
-    ) -> str | None:
-        arena.poison()
-        self.out.fill_(float("nan"))
-        set_call(call, self.x, self.topk, self.out, num_valid)
-        run(call)
-        live = self.tokens if num_valid is None else self.live
-        if not bool(torch.isnan(self.out[live:]).all()):
-            return f"rows from {live} on were written, though only {live} are live"
-        here = self.rows < live
-        fault = self._compare(self.out[self.rows[here]], self._expected[here], "the reference")
-        if fault is None and self._baseline is not None:
-            fault = self._compare(self.out[:live], self._baseline[:live], "a checked candidate")
-        elif fault is None and num_valid is None and self.rows.numel() < self.tokens:
-            self._baseline = self.out.clone()
         return fault
 
     def crowded_fault(
@@ -128,24 +110,33 @@ class Check:
                 baseline for others.
         """
         if self._crowd is None:
-            ids = self.topk.ids[:1].expand(self.tokens, -1).contiguous()
-            topk = TopK(self.topk.weights, ids)
-            self._crowd = Crowd(topk, *self._reference(topk))
-        crowd, live = self._crowd, self.tokens
-        if crowded_bm and live > crowded_bm:
-            live -= live % crowded_bm
+            self._crowd = self._sample(TopK(self.topk.weights, all_as_first(self.topk.ids)))
+        live = certain_crowd(self.tokens, crowded_bm) if crowded_bm else self.tokens
+        fault = self._fault(run, call, arena, self._crowd, live)
+        return None if fault is None else f"all tokens on the same experts: {fault}"
+
+    def _fault(
+        self,
+        run: Callable[[Call], None],
+        call: Call,
+        arena: Arena,
+        sample: Sample,
+        live: int,
+    ) -> str | None:
         arena.poison()
         self.out.fill_(float("nan"))
-        self._crowd_valid.fill_(live)
-        set_call(call, self.x, crowd.topk, self.out, self._crowd_valid)
+        num_valid = self._num_valid.fill_(live) if live < self.tokens else None
+        set_call(call, self.x, sample.topk, self.out, num_valid)
         run(call)
-        here = crowd.rows < live
-        fault = self._compare(self.out[crowd.rows[here]], crowd.expected[here], "the reference")
-        if fault is None and crowd.baseline is not None:
-            fault = self._compare(self.out[:live], crowd.baseline[:live], "a checked candidate")
-        elif fault is None and live == self.tokens:
-            crowd.baseline = self.out.clone()
-        return None if fault is None else f"all tokens on the same experts: {fault}"
+        if not bool(torch.isnan(self.out[live:]).all()):
+            return f"rows from {live} on were written, though only {live} are live"
+        here = sample.rows < live
+        fault = self._compare(self.out[sample.rows[here]], sample.expected[here], "the reference")
+        if fault is None and sample.baseline is not None:
+            fault = self._compare(self.out[:live], sample.baseline[:live], "a checked candidate")
+        elif fault is None and live == self.tokens and sample.rows.numel() < self.tokens:
+            sample.baseline = self.out.clone()
+        return fault
 
     def _compare(self, got: torch.Tensor, want: torch.Tensor, what: str) -> str | None:
         whole, worst = relative_error(got, want)
@@ -156,18 +147,17 @@ class Check:
             f"allowed {self.tolerance:.2g}"
         )
 
-    def _reference(self, routing: TopK) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, their expected output [rows, H] float32)."""
+    def _sample(self, routing: TopK) -> Sample:
         cfg, weights = self._layer
         try:
             rows = _spread(self.tokens, SAMPLE, weights.device)
             topk = TopK(routing.weights[rows], routing.ids[rows])
-            return rows, experts_reference(self.x[rows], topk, weights, cfg)
+            return Sample(routing, rows, experts_reference(self.x[rows], topk, weights, cfg))
         except torch.OutOfMemoryError:
             rows = _spread(self.tokens, HOST_SAMPLE, weights.device)
             topk = TopK(routing.weights[rows].cpu(), routing.ids[rows].cpu())
             expected = reference_on_host(self.x[rows].cpu(), topk, weights, cfg)
-            return rows, expected.to(weights.device)
+            return Sample(routing, rows, expected.to(weights.device))
 
 
 def random_inputs(

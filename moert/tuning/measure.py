@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import torch
 
 from moert.device import DeviceFacts
-from moert.topk import distinct_ids
+from moert.topk import all_as_first, distinct_ids
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ def same_experts(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The routings of `rotated_ids` if all tokens took the experts of the first one."""
     for copy, ids in routings:
-        yield copy, ids[:1].expand(ids.shape[0], -1).contiguous()
+        yield copy, all_as_first(ids)
 
 
 def successive_halving(

@@ -101,6 +101,15 @@ def takes_crowded(counts: Iterable[int], reach: int, crowded_block_m: int) -> bo
     return 0 < 2 * crowded <= readings
 
 
+def certain_crowd(tokens: int, crowded_block_m: int) -> int:
+    """How many of T tokens make a crowd for certain where all take the same experts.
+
+    Args:
+        crowded_block_m: at least twice what a reading reaches otherwise, which is less than T.
+    """
+    return tokens - tokens % crowded_block_m if tokens > crowded_block_m else tokens
+
+
 def padded_experts(num_experts: int) -> int:
     """EP: E as a power of two, at least 16."""
     return max(16, 1 << (num_experts - 1).bit_length())
