@@ -80,7 +80,8 @@ def measure(case: Case, weights: Weights, tokens: Sequence[int], keep: Keep) -> 
                 name: chain_of(groups[variant.cfg], variant, t)
                 for name, variant in case.variants.items()
             }
-            keep(t, judged(case.part, t, cells(chains)))
+            found = cells(chains, with_matmul=case.part == "prefill")
+            keep(t, judged(case.part, t, found))
             del chains
     finally:
         for layers in groups.values():
@@ -94,7 +95,9 @@ def told(case: Case, tokens: int, cell: dict[str, Any]) -> str:
         f"{one['choice']})"
         for name, one in cell["layers"].items()
     ]
-    texts += [f"{key} {cell[key]:.3f}" for key in ("ratio", "matmul share") if key in cell]
+    texts += [
+        f"{key} {cell[key]:.3f}" for key in ("ratio", "matmul share", "share beside") if key in cell
+    ]
     verdict = {True: "", False: "  BEYOND THE GOAL", None: ""}[cell["met"]]
     return f"{case} T={tokens}: {'; '.join(texts)}{verdict}"
 

@@ -202,13 +202,17 @@ def judged(part: str, tokens: int, layers: Mapping[str, Mapping[str, Any]]) -> d
 
     Returns:
         The layers; "ratio" where two are compared: of the times in fp16, else of the times the floor;
-        "matmul share" of prefill; "met": whether the goal is, None where there is none.
+        "matmul share" of prefill, and "share beside" of the rate of the matmul timed in turns with it, under
+        load where clocks are lower; "met": whether the goal is, None where there is none.
     """
     cell: dict[str, Any] = {"layers": layers, "met": None}
     first, *others = layers.values()
     if part == "prefill":
         at_rate = first["flops"] / MATMUL_FLOPS
         share = cell["matmul share"] = round(at_rate * 1e6 / first["us"], 3)
+        if "matmul flops" in first:
+            rate = first["flops"] * 1e6 / first["us"]
+            cell["share beside"] = round(rate / first["matmul flops"], 3)
         if tokens == 4096:
             cell["met"] = first["times the floor"] <= GOALS["prefill at 4096"]
         # where reading takes longer than computing, no rate can be asked for

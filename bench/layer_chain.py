@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from device_timing import DEVICE, GPU, device_us, replayable, side_stream
+from device_timing import DEVICE, GPU, Run, device_us, replayable, side_stream
 
 from moert import ExpertWeights, MoEConfig, MoERuntime, TopK
 from moert.steps.experts_reference import experts_reference
 
 READ_BYTES_PER_SECOND = 4.58e12  # best read kernel over GiBs on an H200
-MATMUL_FLOPS = 788e12  # bf16 8192^3 on an H200
+MATMUL_FLOPS = 788e12  # bf16 8192^3 on an H200, for a moment
+MATMUL_SIZE = 8192 if GPU else 128
 MAX_ERROR = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-5}
 LAYER_BYTES = 24 << 30  # of weights of a chain, at most
 
@@ -246,11 +247,22 @@ def check(chain: Chain) -> float:
     return error
 
 
-def cells(chains: Mapping[str, Chain], graphs: bool = True) -> dict[str, dict[str, Any]]:
+def matmul() -> Run:
+    """A dense product of MATMUL_SIZE in each direction, bf16, by the vendor's library."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=DEVICE).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.matmul(a, b.t(), out=out)
+
+
+def cells(
+    chains: Mapping[str, Chain], graphs: bool = True, with_matmul: bool = False
+) -> dict[str, dict[str, Any]]:
     """Levelled and checked, then timed in turns: `Chain.cell` of each.
 
     Args:
         graphs: one over each chain; without, its calls are launched one by one.
+        with_matmul: time `matmul` in turns with them; its FLOPs a second are "matmul flops" of every cell.
 
     Raises:
         AssertionError: a wrong result.
@@ -260,9 +272,12 @@ def cells(chains: Mapping[str, Chain], graphs: bool = True) -> dict[str, dict[st
         chain.level()
         errors[name] = check(chain)
     runs = {name: replayable(c.run) if graphs else c.run for name, c in chains.items()}
+    if with_matmul:
+        runs["matmul"] = replayable(matmul())
     with side_stream():
         times = device_us(runs, rounds=9)
+    beside = {"matmul flops": 2e6 * MATMUL_SIZE**3 / times["matmul"]} if with_matmul else {}
     return {
-        name: chain.cell(times[name] / len(chain.layers), errors[name])
+        name: chain.cell(times[name] / len(chain.layers), errors[name]) | beside
         for name, chain in chains.items()
     }

@@ -57,8 +57,9 @@ def formats(parts: dict[str, Any], part: str) -> list[str]:
 
 def prefill_text(cell: Cell) -> str:
     (layer,) = cell["layers"].values()
-    texts = f"{layer['times the floor']:.2f}, {cell['matmul share']:.0%}"
-    return f"{number(layer['us'])} ({texts})"
+    texts = [f"{layer['times the floor']:.2f}", f"{cell['matmul share']:.0%}"]
+    texts += [f"{cell[key]:.0%}" for key in ("share beside",) if key in cell]
+    return f"{number(layer['us'])} ({', '.join(texts)})"
 
 
 def skew_text(cell: Cell, name: str) -> str:

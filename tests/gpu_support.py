@@ -23,6 +23,7 @@ GUARD = 7.0
 ODD = MoEConfig(num_experts=20, top_k=3, hidden_size=200, intermediate_size=104)
 # as an engine would run it; large enough that two kernels overlap if anything lets them
 REAL = MoEConfig(num_experts=64, top_k=8, hidden_size=2048, intermediate_size=768)
+BLOCK = replace(REAL, shared_experts=1, shared_gate=True)
 
 
 @dataclass
@@ -59,6 +60,12 @@ def make_case(
     out, behind = before(torch.full_like(x, nan), GUARD)
     topk = TopK(before(weights, nan)[0], before(ids, 0)[0])
     return Case(before(x, nan)[0], topk, out, behind)
+
+
+def rows(cfg: MoEConfig, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random x."""
+    g = torch.Generator(DEVICE).manual_seed(seed * 1009 + tokens)
+    return torch.randn(tokens, cfg.hidden_size, generator=g, device=DEVICE).to(cfg.torch_dtype)
 
 
 def before(rows: torch.Tensor, fill: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -145,6 +145,12 @@ JUDGED = [
     ("prefill", 1024, [cell(2.0, 9.0, flops=788e6)], {"met": None, "matmul share": 0.5}),
     ("prefill", 4096, [cell(4.0, 1.33, flops=788e6)], {"met": True, "matmul share": 0.25}),
     ("prefill", 4096, [cell(4.0, 1.34, flops=788e6)], {"met": False}),
+    (
+        "prefill",
+        1024,
+        [cell(2.0, 9.0, flops=788e6) | {"matmul flops": 394e12}],
+        {"share beside": 1.0},
+    ),
     ("prefill", 16384, [cell(4.0, 9.0, flops=788e6 * 3)], {"met": True, "matmul share": 0.75}),
     ("prefill", 16384, [cell(4.0, 1.0, flops=788e6 * 2.9)], {"met": False}),
     ("prefill", 16384, [cell(9.0, 1.0, 4.59e6, 788e6)], {"met": None}),  # reading is the limit

@@ -67,8 +67,8 @@ def cases() -> Iterator[tuple[str, Choice, int]]:
         most = max(wide, key=lambda c: (c.gate_up.together, c.down.together, -c.gate_up.bn))
         yield name, most, 45
         # an expert with more rows than a block, others with few
-        for choice in specialised_tiles.choices(cfg, FEW_UNITS, "one_shot", 1000.0):
-            yield name, choice, 150
+        for tile in specialised_tiles.every_tile(cfg, FEW_UNITS):
+            yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), 150
 
 
 def gathers(choice: Choice) -> bool:

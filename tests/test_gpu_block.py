@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 from gpu_support import (
+    BLOCK,
     DEVICE,
     ODD,
     REAL,
@@ -15,11 +15,12 @@ from gpu_support import (
     before,
     device_kernels,
     make_case,
+    rows,
     runtime,
     variant,
 )
 
-from moert import MoEConfig, MoERuntime
+from moert import MoERuntime
 from moert.config import Routing
 from moert.steps.block.reference import block_reference, block_routing_reference
 from moert.steps.experts_reference import experts_reference
@@ -38,12 +39,6 @@ LAYERS = {
         REAL, num_experts=512, intermediate_size=64, shared_experts=1, shared_gate=True
     ),
 }
-BLOCK = variant(REAL, shared_experts=1, shared_gate=True)
-
-
-def rows(cfg: MoEConfig, tokens: int, seed: int = 0) -> torch.Tensor:
-    g = torch.Generator(DEVICE).manual_seed(seed * 1009 + tokens)
-    return torch.randn(tokens, cfg.hidden_size, generator=g, device=DEVICE).to(cfg.torch_dtype)
 
 
 def expected(x: torch.Tensor, rt: MoERuntime) -> torch.Tensor:
@@ -151,32 +146,6 @@ def test_a_trace_holds_the_router_and_the_plan(block: MoERuntime, tokens: int) -
     block.forward(case.x, case.topk, case.out)
     kernels = device_kernels(lambda: block.forward(case.x, case.topk, case.out))
     assert kernels == ["routed_slots_kernel", *plan]
-
-
-def test_no_device_allocation(block: MoERuntime) -> None:
-    rng = random.Random(0)
-    pool, out = rows(BLOCK, 2048), torch.empty(2048, BLOCK.hidden_size, device=DEVICE)
-    out = out.to(BLOCK.torch_dtype)
-    case = make_case(BLOCK, 1024)
-
-    def call() -> None:
-        tokens = rng.randrange(0, 600)
-        start = rng.randrange(0, 2048 - tokens)
-        to = None if rng.random() < 0.3 else out[start : start + tokens]
-        block.forward_block(pool[start : start + tokens], to)
-        topk = case.topk._replace(weights=case.topk.weights[:tokens], ids=case.topk.ids[:tokens])
-        block.forward(pool[start : start + tokens], topk)
-
-    for _ in range(100):
-        call()
-    torch.cuda.synchronize()
-    allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
-    free = torch.cuda.mem_get_info()[0]
-    for _ in range(2000):
-        call()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
-    assert torch.cuda.mem_get_info()[0] == free
 
 
 def test_the_same_bits(block: MoERuntime) -> None:

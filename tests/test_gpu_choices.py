@@ -11,6 +11,7 @@ from gpu_support import DEVICE, GUARD, Case, assert_close, make_case, runtime, v
 
 from moert import ExpertWeights, MoEConfig, MoERuntime, TopK
 from moert.arena import Arena, layout
+from moert.backends import specialised_tiles
 from moert.backends.base import Program
 from moert.backends.triton import TritonBackend
 from moert.config import Quant
@@ -93,6 +94,10 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     portable = [choice for choice in found if kernels_of(choice) == {"tile"}]
     left_out = set(portable) if backend.cfg.quant is None else set(portable) - set(portable[::4])
     specialised = [choice for choice in found if kernels_of(choice) == {"specialised"}]
+    if backend.cfg.quant is None and bucket >= 64:
+        tiles = specialised_tiles.every_tile(backend.cfg, backend.facts)
+        specialised = [Choice("one_shot", tile, tile, True) for tile in tiles]
+        found = list(dict.fromkeys((*found, *specialised)))
     if backend.facts.compute_units == FEW_UNITS:
         # 15 s of compiling for a kernel of int4 weights
         return specialised[::3]

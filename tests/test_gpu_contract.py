@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from gpu_support import (
+    BLOCK,
     DEVICE,
     ODD,
     REAL,
@@ -15,6 +16,7 @@ from gpu_support import (
     device_kernels,
     guarded,
     make_case,
+    rows,
     runtime,
     variant,
 )
@@ -92,6 +94,33 @@ def test_no_device_allocation_in_10000_calls(real: MoERuntime) -> None:
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     assert torch.cuda.mem_get_info()[0] == free
+
+
+def test_no_device_allocation_in_calls_of_whole_blocks() -> None:
+    """Of a block and of its routed experts in turns."""
+    rng = random.Random(0)
+    pool, case = rows(BLOCK, 2048), make_case(BLOCK, 1024)
+    out = torch.empty_like(pool)
+    with runtime(BLOCK, max_tokens=1024, buckets=(1, 2, 8, 64, 512)) as block:
+
+        def call() -> None:
+            tokens = rng.randrange(0, 600)
+            start = rng.randrange(0, 2048 - tokens)
+            to = None if rng.random() < 0.3 else out[start : start + tokens]
+            block.forward_block(pool[start : start + tokens], to)
+            topk = TopK(case.topk.weights[:tokens], case.topk.ids[:tokens])
+            block.forward(pool[start : start + tokens], topk)
+
+        for _ in range(100):
+            call()
+        torch.cuda.synchronize()
+        allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+        free = torch.cuda.mem_get_info()[0]
+        for _ in range(2000):
+            call()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+        assert torch.cuda.mem_get_info()[0] == free
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 40, 200, 512])

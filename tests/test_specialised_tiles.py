@@ -13,10 +13,12 @@ from moert.backends import int4_tiles, stream_tiles, triton_tiles
 from moert.backends.specialised_tiles import (
     choices,
     default,
+    every_tile,
     readable,
     refuses,
     specialised_int4_shape,
     specialised_shape,
+    tall_pairs,
 )
 from moert.backends.triton import TritonBackend
 from moert.cli.absent import absent_weights
@@ -47,12 +49,13 @@ MEANS = (6.0, 16.0, 24.0, 64.0, 1000.0)
 
 
 def tiles(cfg: MoEConfig) -> set[Tile]:
-    found = set()
+    found = every_tile(cfg, H200)
+    assert len(found) == len(set(found))
     for mean in MEANS:
         for choice in choices(cfg, H200, "one_shot", mean):
             assert choice.gate_up == choice.down and choice.dependent
-            found |= {choice.gate_up}
-    return found
+            assert choice.gate_up in found
+    return set(found)
 
 
 @pytest.mark.parametrize("arch", sorted(set(KNOWN_DEVICES) - {"sm_90"}))
@@ -108,6 +111,30 @@ def test_every_tile_fits(name: str) -> None:
             assert (steps - 1) * tile.bk < rows <= steps * tile.bk
             assert shape.shared_bytes <= H200.shared_memory
             assert shape.programs == H200.compute_units
+
+
+def test_tiles_for_crowds_leave_few_units_idle() -> None:
+    """Narrow ones where few experts have few rows of weights, wide ones where there are enough."""
+    deepseek = MoEConfig(256, 8, 7168, 256)
+    widths = {
+        (cfg.hidden_size, tokens, up.bm): (up.bn, down.bn)
+        for cfg in (PLAIN, deepseek)
+        for tokens in (64, 256)
+        for up, down in tall_pairs(cfg, H200, tokens, 128)
+    }
+    assert widths == {
+        (2048, 64, 128): (128, 128),
+        (2048, 64, 64): (128, 128),
+        (2048, 256, 128): (256, 256),
+        (2048, 256, 64): (128, 256),
+        (7168, 64, 128): (64, 256),
+        (7168, 64, 64): (64, 256),
+        (7168, 256, 128): (64, 256),
+        (7168, 256, 64): (128, 256),
+    }
+    assert {up.bm for up, _ in tall_pairs(PLAIN, H200, 40, 64)} == {64}
+    assert all(up == down for up, down in tall_pairs(INT4, H200, 64, 128))
+    assert tall_pairs(PLAIN, KNOWN_DEVICES["gfx942"], 64, 128) == []
 
 
 def test_blocks_that_experts_fill_come_first() -> None:
@@ -166,7 +193,7 @@ def test_unaligned_calls_are_portable_on_the_same_arena() -> None:
     for cfg in (PLAIN, INT4):
         backend = TritonBackend(cfg, absent_weights(cfg), H200)
         for tile in tiles(cfg):
-            choice = next(c for c in choices(cfg, H200, "multi_phase", 1000.0) if c.gate_up == tile)
+            choice = Choice("multi_phase", tile, tile, True)
             unaligned = backend.unaligned(choice)
             assert unaligned.gate_up is not None and unaligned.gate_up.kernel == "tile"
             assert unaligned.gate_up.bm == tile.bm

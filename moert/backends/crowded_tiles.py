@@ -32,15 +32,16 @@ def choices(cfg: MoEConfig, facts: DeviceFacts, choice: Choice, tokens: int) -> 
     """
     if choice.strategy == "none" or not choice.tiles or tokens < LEAST_TOKENS:
         return []
-    pairs = _pairs(cfg, facts, min(128, 2 * tokens - 2))
+    pairs = _pairs(cfg, facts, tokens)
     # the device takes them where they at least halve how often weights are read
     tall = [pair for pair in pairs if pair[0].bm >= 2 * choice.reach]
     return [replace(choice, crowded=pair) for pair in tall[:MOST_PAIRS]]
 
 
-def _pairs(cfg: MoEConfig, facts: DeviceFacts, most: int) -> list[tuple[Tile, Tile]]:
+def _pairs(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> list[tuple[Tile, Tile]]:
     """The tallest first; specialised ones where the device has them."""
-    found = specialised_tiles.tall_pairs(cfg, facts, most)
+    most = min(128, 2 * tokens - 2)
+    found = specialised_tiles.tall_pairs(cfg, facts, tokens, most)
     if found:
         return found
     tiles = triton_tiles if cfg.quant is None else int4_tiles

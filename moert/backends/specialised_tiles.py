@@ -12,7 +12,7 @@ from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
 from moert.quantization.int4_layout import columns_per_group
 from moert.steps.specialised.int4_shape import ROW_TILES, SpecialisedInt4Shape
-from moert.steps.specialised.shape import STEP, SpecialisedShape
+from moert.steps.specialised.shape import MULTIPLY_WARPS, STEP, SpecialisedShape
 from moert.steps.weight_tiles import ROWS
 from moert.weights import ExpertWeights
 
@@ -29,8 +29,10 @@ LEAST_INT4_MEAN = 6
 DEFAULT_INT4_MEAN = 24
 # columns of a step of int4 weights that waits at half as many barriers
 LONG_STEP = 2 * STEP
-# BM, BN, warps, stages
-_TILES = ((128, 256, 8, 4), (128, 128, 8, 6), (64, 256, 8, 5))
+# BM, BN and stages, the widest first
+_TILES = ((128, 256, 4), (128, 128, 6), (128, 64, 8), (64, 256, 5), (64, 128, 8), (64, 64, 12))
+# those worth timing where rows spread over the experts
+_EVEN = ((128, 256), (128, 128), (64, 256))
 # BM, BK, warps of each of two multiplying partitions, stages; 128 rows of long steps spill a register or two
 _INT4_TILES = (
     (32, 128, 4, 6),
@@ -58,21 +60,47 @@ def readable(weights: ExpertWeights) -> bool:
 
 def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Iterator[Choice]:
     """Sorted strategies, the likeliest first; `mean` rows an expert gets."""
-    if refuses(cfg, facts) is not None:
-        return
     least = LEAST_MEAN if cfg.quant is None else LEAST_INT4_MEAN
-    tiles = [t for t in _tiles(cfg) if mean >= max(least, t.bm / 4) and fits(cfg, facts, t)]
+    tiles = [t for t in every_tile(cfg, facts) if mean >= max(least, t.bm / 4)]
+    if cfg.quant is None:
+        tiles = [t for t in tiles if (t.bm, t.bn) in _EVEN]
     # the tallest blocks of which an expert fills half
     for tile in sorted(tiles, key=lambda t: (t.bm > 2 * mean, -t.bm)):
         yield Choice(strategy, tile, tile, facts.dependent_launch)
 
 
-def tall_pairs(cfg: MoEConfig, facts: DeviceFacts, most: int) -> list[tuple[Tile, Tile]]:
-    """Tiles of blocks of 64 rows up to `most`, the tallest first."""
-    if refuses(cfg, facts) is not None:
-        return []
-    tiles = [t for t in _tiles(cfg) if 64 <= t.bm <= most and fits(cfg, facts, t)]
-    return [(tile, tile) for tile in sorted(tiles, key=lambda tile: -tile.bm)]
+def tall_pairs(
+    cfg: MoEConfig, facts: DeviceFacts, tokens: int, most: int
+) -> list[tuple[Tile, Tile]]:
+    """Tiles for `tokens` tokens on the same experts, of blocks of 64 rows up to `most`, the tallest first."""
+    tall = [tile for tile in every_tile(cfg, facts) if 64 <= tile.bm <= most]
+    if cfg.quant is not None:
+        return [(tile, tile) for tile in sorted(tall, key=lambda tile: -tile.bm)]
+    pairs = []
+    for bm in dict.fromkeys(tile.bm for tile in tall):
+        of_size = [tile for tile in tall if tile.bm == bm]
+        up, down = (_least_copied(cfg, facts, of_size, tokens, up) for up in (True, False))
+        pairs.append((up, down))
+    return pairs
+
+
+def _least_copied(
+    cfg: MoEConfig, facts: DeviceFacts, tiles: list[Tile], tokens: int, up: bool
+) -> Tile:
+    """The tile of one GEMM with which a unit copies least where all tokens take the same experts.
+
+    Few experts have few weights: wide tiles would leave units idle, narrow ones copy the rows of x often. On
+    an H200, T=64, us a layer with both tiles of 256, of 128, of 64 rows of weights, and with what is chosen
+    here: (E, K, H, I) = (8, 2, 4096, 14336): 223, 201, 183, 187; (256, 8, 7168, 256): 62.0, 47.5, 43.3, 41.9;
+    (256, 8, 3072, 384): 34.7, 29.8, 27.8, 27.1; (128, 8, 2048, 768): 33.5, 30.4, 32.6, 30.7.
+    """
+
+    def copied(tile: Tile) -> int:
+        blocks = cfg.top_k * -(-tokens // tile.bm)
+        pieces = blocks * specialised_shape(cfg, facts, tile, up=up).tiles
+        return -(-pieces // facts.compute_units) * (min(tile.bm, tokens) + tile.bn)
+
+    return min(tiles, key=copied)
 
 
 def default(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Choice | None:
@@ -81,10 +109,17 @@ def default(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> C
     return next(choices(cfg, facts, strategy, mean), None) if mean >= least else None
 
 
+def every_tile(cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:
+    """All tiles that these kernels are written for, the device being able."""
+    if refuses(cfg, facts) is not None:
+        return []
+    return [tile for tile in _tiles(cfg) if fits(cfg, facts, tile)]
+
+
 def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
     if cfg.quant is None:
-        for bm, bn, warps, stages in _TILES:
-            yield Tile(bm, bn, STEP, warps, stages, "specialised")
+        for bm, bn, stages in _TILES:
+            yield Tile(bm, bn, STEP, MULTIPLY_WARPS, stages, "specialised")
         return
     for bm, bk, warps, stages in _INT4_TILES:
         # with scales for less than two blocks, or zero points, a register or two of the tallest would spill
@@ -103,7 +138,8 @@ def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
     """Whether a tile is one that the kernels are written for, and the device has the shared memory."""
     known = tile.kernel == "specialised" and refuses(cfg, facts) is None
     if cfg.quant is None:
-        known &= tile.bm in (64, 128) and tile.bn in (128, 256) and tile.num_warps == 8
+        known &= tile.bm in (64, 128) and tile.bn in (64, 128, 256)
+        known &= tile.num_warps == MULTIPLY_WARPS
         known &= tile.bk == STEP
     else:
         known &= tile.bm in (32, 64, 128) and tile.bn == ROW_TILES * ROWS

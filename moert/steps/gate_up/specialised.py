@@ -8,18 +8,23 @@ from triton.experimental.gluon import language as gl
 from moert.steps.activation.triton import activate
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
-from moert.steps.specialised.pipeline import block_and_tile, copy_tiles, make_ring, multiply_tile
+from moert.steps.specialised.pipeline import (
+    block_and_tile,
+    copy_tiles,
+    first_column,
+    make_ring,
+    multiply_tile,
+    part_slots,
+)
 
 
 @gluon.jit
 def _finish(
     gate,
     up,
-    column: gl.constexpr,
-    rows,
-    block,
-    tile,
-    b13_ptr,
+    first,
+    packed,
+    bias_ptr,
     h_ptr,
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
@@ -27,37 +32,27 @@ def _finish(
     ALPHA: gl.constexpr,
     S: gl.constexpr,
 ):
-    """Activate and store columns from `column` on of every warpgroup, [bm, warpgroups, columns]; a few at a
-    time, for biases take as many registers as columns."""
-    WIDTH: gl.constexpr = gate.shape[2]
-    if WIDTH > 32:
-        parts: gl.constexpr = (S.bm, gate.shape[1], 2, WIDTH // 2)
-        gate_0, gate_1 = gl.split(gl.permute(gl.reshape(gate, parts), (0, 1, 3, 2)))
-        up_0, up_1 = gl.split(gl.permute(gl.reshape(up, parts), (0, 1, 3, 2)))
-        _finish(
-            gate_0, up_0, column, rows, block, tile, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S
-        )
-        second: gl.constexpr = column + WIDTH // 2
-        _finish(
-            gate_1, up_1, second, rows, block, tile, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S
-        )
+    """Activate and store output columns from `first` on, [part_rows, columns]; a few at a time, for biases
+    take as many registers as columns."""
+    WIDTH: gl.constexpr = gate.shape[1]
+    if WIDTH > S.stored:
+        parts: gl.constexpr = (S.part_rows, 2, WIDTH // 2)
+        gate_0, gate_1 = gl.split(gl.permute(gl.reshape(gate, parts), (0, 2, 1)))
+        up_0, up_1 = gl.split(gl.permute(gl.reshape(up, parts), (0, 2, 1)))
+        _finish(gate_0, up_0, first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+        second = first + WIDTH // 2
+        _finish(gate_1, up_1, second, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
     else:
-        sorted_token_ids, sorted_expert_ids, _ = rows
-        L: gl.constexpr = gate.type.layout
-        group = gl.arange(0, gate.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, L)))
-        c = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(0, L)))
-        start = tile * S.width + group * S.half + column
-        n = gl.expand_dims(gl.expand_dims(start, 0), 2) + gl.expand_dims(gl.expand_dims(c, 0), 0)
-        if b13_ptr is not None:
-            expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-            bias = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
-            gate, up = add_bias(gate, up, bias, n, S.columns, S.paired, S.interleaved)
-        h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA)
-        slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-        packed = gl.expand_dims(gl.expand_dims(gl.load(sorted_token_ids + slots), 1), 2)
+        if bias_ptr is not None:
+            n = first + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
+            n = gl.expand_dims(n, 0)
+            gate, up = add_bias(gate, up, bias_ptr, n, S.columns, S.paired, S.interleaved)
+        h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA).to(h_ptr.dtype.element_ty)
+        h = gl.convert_layout(h, S.out)
+        n = gl.expand_dims(first + gl.arange(0, WIDTH, gl.SliceLayout(0, S.out)), 0)
         row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
-        mask = ((packed >> 24) < K) & (n < S.columns)
-        gl.store(h_ptr + row * S.columns + n, h.to(h_ptr.dtype.element_ty), mask=mask)
+        mask = gl.expand_dims((packed >> 24) < K, 1) & (n < S.columns)
+        gl.store(gl.expand_dims(h_ptr + row * S.columns, 1) + n, h, mask=mask)
 
 
 @gluon.jit
@@ -70,21 +65,27 @@ def _multiply(
     ACTIVATION: gl.constexpr,
     LIMIT: gl.constexpr,
     ALPHA: gl.constexpr,
+    PARTITION: gl.constexpr,
     S: gl.constexpr,
 ):
-    xs, ws, full, empty = ring
-    _, _, blocks = rows
+    sorted_token_ids, sorted_expert_ids, blocks = rows
     it = 0
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        acc, it = multiply_tile(xs, ws, full, empty, it, S)
+        packed = part_slots(sorted_token_ids, block, PARTITION, S)
+        acc, it = multiply_tile(ring, it, PARTITION, S)
         if S.paired:
-            halves = gl.reshape(acc, (S.bm, S.width // S.half, 2, S.half))
-            gate, up = gl.split(gl.permute(halves, (0, 1, 3, 2)))
+            halves = gl.reshape(acc, (S.part_rows, 2, S.half))
+            gate, up = gl.split(gl.permute(halves, (0, 2, 1)))
         else:
-            gate = gl.reshape(acc, (S.bm, S.width // S.half, S.half))
-            up = gate
-        _finish(gate, up, 0, rows, block, tile, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+            gate = acc
+            up = acc
+        bias_ptr = b13_ptr
+        if b13_ptr is not None:
+            expert = gl.load(sorted_expert_ids + block).to(gl.int64)
+            bias_ptr = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
+        first = first_column(tile, PARTITION, S)
+        _finish(gate, up, first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
 
 
 @gluon.jit
@@ -110,9 +111,10 @@ def gate_up_specialised_kernel(
     rows = (sorted_token_ids, sorted_expert_ids, gl.load(num_valid_ids) // S.bm)
     gl.warp_specialize(
         [
-            (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)),
+            (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 0, S)),
+            (_multiply, (ring, rows, b13_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, 1, S)),
             (copy_tiles, (ring, rows, x_ptr, x_stride, w13_ptr, True, K, S)),
         ],
-        [S.copy_warps],
-        [S.copy_registers],
+        S.workers,
+        S.registers,
     )

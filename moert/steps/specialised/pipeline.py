@@ -12,9 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moert.steps.specialised.shape import COPY_WARPS, STEP
+from moert.steps.specialised.shape import COPY_WARPS, MULTIPLY_WARPS, STEP
 
 COPY_THREADS = gl.constexpr(COPY_WARPS * 32)
+MULTIPLY_THREADS = gl.constexpr(2 * MULTIPLY_WARPS * 32)
 COLUMNS = gl.constexpr(STEP)
 
 
@@ -27,9 +28,9 @@ def make_ring(DTYPE: gl.constexpr, S: gl.constexpr):
     empty = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = S.stages
     for i in gl.static_range(STAGES):
-        # every copying thread says when its copies are done
+        # every copying thread says when its copies are done, every multiplying one when its products are
         mbarrier.init(full.index(i), count=COPY_THREADS)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=MULTIPLY_THREADS)
     return xs, ws, full, empty
 
 
@@ -131,19 +132,59 @@ def copy_tiles(
 
 
 @gluon.jit
-def multiply_tile(xs, ws, full, empty, it, S: gl.constexpr):
-    """x w^T [bm, bn] fp32 of one tile, and the count of steps so far."""
-    acc = gl.full([S.bm, S.bn], 0, gl.float32, S.mma)
-    for step in range(S.steps):
-        slot = it % S.stages
-        mbarrier.wait(full.index(slot), (it // S.stages) & 1)
-        # the copies wrote through the generic proxy
-        fence_async_shared()
-        acc = warpgroup_mma(xs.index(slot), ws.index(slot).permute((1, 0)), acc, is_async=True)
-        # the product before this one is done: its place in the ring is free
+def _product(ring, it, acc, PARTITION: gl.constexpr, S: gl.constexpr):
+    """acc + x w^T of step `it`, this partition's part, under way when this returns."""
+    xs, ws, full, _ = ring
+    slot = it % S.stages
+    mbarrier.wait(full.index(slot), (it // S.stages) & 1)
+    # the copies wrote through the generic proxy
+    fence_async_shared()
+    x = xs.index(slot)
+    w = ws.index(slot)
+    if S.by_rows:
+        x = x.slice(PARTITION * S.part_rows, S.part_rows, 0)
+    else:
+        w = w.slice(PARTITION * S.part_columns, S.part_columns, 0)
+    return warpgroup_mma(x, w.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _give_back(ring, it, S: gl.constexpr):
+    """This thread needs the place of step `it` in the ring no more."""
+    _, _, _, empty = ring
+    # each thread for itself, at once: it has no copies under way
+    async_copy.mbarrier_arrive(empty.index(it % S.stages), increment_count=False)
+
+
+@gluon.jit
+def multiply_tile(ring, it, PARTITION: gl.constexpr, S: gl.constexpr):
+    """x w^T [part_rows, part_columns] fp32, a partition's part of one tile, and the count of steps so far."""
+    acc = gl.full([S.part_rows, S.part_columns], 0, gl.float32, S.mma)
+    acc = warpgroup_mma_wait(1, deps=[_product(ring, it, acc, PARTITION, S)])
+    for _ in range(S.steps - 1):
+        acc = _product(ring, it + 1, acc, PARTITION, S)
+        # the product before this one is done
         acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(empty.index((it + S.stages - 1) % S.stages), count=1, pred=step > 0)
+        _give_back(ring, it, S)
         it += 1
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index((it + S.stages - 1) % S.stages), count=1)
-    return acc, it
+    _give_back(ring, it, S)
+    return acc, it + 1
+
+
+@gluon.jit
+def part_slots(sorted_token_ids, block, PARTITION: gl.constexpr, S: gl.constexpr):
+    """Packed slots [part_rows] of a partition's rows of a block, as they are needed to store results."""
+    slots = block * S.bm + gl.arange(0, S.part_rows, gl.SliceLayout(1, S.out))
+    if S.by_rows:
+        slots += PARTITION * S.part_rows
+    return gl.load(sorted_token_ids + slots)
+
+
+@gluon.jit
+def first_column(tile, PARTITION: gl.constexpr, S: gl.constexpr):
+    """The first output column of this partition's part of a tile."""
+    start = tile * S.width
+    if not S.by_rows:
+        start += PARTITION * S.part_width
+    return start

@@ -7,8 +7,10 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
+MULTIPLY_WARPS = 4  # of each of two partitions
 COPY_WARPS = 4
-COPY_REGISTERS = 136
+REGISTERS = (184, 136)  # of a thread of the second multiplying partition, and of one that copies
+OUT_COLUMNS = 32  # stored at a time
 STEP = 64  # columns of the reduction a stage holds: 128 bytes, a row of the swizzled shared memory
 
 
@@ -55,29 +57,57 @@ class SpecialisedShape:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory: the ring and its barriers."""
-        return self.stages * ((self.bm + self.bn) * STEP * 2 + 16) + 1024
+        """Shared memory: the ring, its barriers, and what results pass through on their way out."""
+        out = 2 * self.part_rows * OUT_COLUMNS * 2
+        return self.stages * ((self.bm + self.bn) * STEP * 2 + 16) + out + 1024
 
     @property
-    def copy_warps(self) -> int:
-        return COPY_WARPS
+    def workers(self) -> list[int]:
+        return [MULTIPLY_WARPS, COPY_WARPS]
 
     @property
-    def copy_registers(self) -> int:
-        return COPY_REGISTERS
+    def registers(self) -> list[int]:
+        return list(REGISTERS)
 
     @property
-    def mma(self) -> Any:
-        """Accumulators [bm, bn] of two warpgroups: over rows where there are enough, else over columns."""
-        rows = 2 if self.bm == 128 else 1
-        return gl.NVMMADistributedLayout(
-            [3, 0], [4 * rows, 2 // rows], [16, self.bn * rows // 2, 16]
-        )
+    def by_rows(self) -> bool:
+        """Whether the multiplying partitions share a tile's rows, where there are enough, or its columns."""
+        return self.bm == 128
+
+    @property
+    def part_rows(self) -> int:
+        """Rows that a partition multiplies."""
+        return 64
+
+    @property
+    def part_columns(self) -> int:
+        """Rows of weights that a partition multiplies them with."""
+        return self.bn if self.by_rows else self.bn // 2
+
+    @property
+    def part_width(self) -> int:
+        """Output columns of a partition."""
+        return self.part_columns // 2 if self.paired else self.part_columns
+
+    @property
+    def stored(self) -> int:
+        """Columns that are stored at a time."""
+        return OUT_COLUMNS
 
     @property
     def half(self) -> int:
-        """Gate rows that a warpgroup has side by side, and then as many up rows."""
-        return self.bn // 2 if self.bm == 128 else self.bn // 4
+        """Gate rows that a partition has side by side, and then as many up rows."""
+        return self.part_columns // 2
+
+    @property
+    def mma(self) -> Any:
+        """Accumulators [part_rows, part_columns] of a partition."""
+        return gl.NVMMADistributedLayout([3, 0], [MULTIPLY_WARPS, 1], [16, self.part_columns, 16])
+
+    @property
+    def out(self) -> Any:
+        """[part_rows, OUT_COLUMNS] to be stored, 16 bytes of a row a lane."""
+        return gl.BlockedLayout([1, 8], [8, 4], [MULTIPLY_WARPS, 1], [1, 0])
 
     @property
     def copies(self) -> Any:
