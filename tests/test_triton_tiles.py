@@ -117,6 +117,9 @@ def test_direct_plans_are_for_few_rows() -> None:
     assert "none" in {c.strategy for c in candidates(cfg, facts, 8, STRATEGIES)}
     assert "none" not in {c.strategy for c in candidates(cfg, facts, 9, STRATEGIES)}
     assert len(candidates(cfg, facts, 4096, ("none",))) > 1
+    many = replace(cfg, num_experts=512)
+    assert "none" in {c.strategy for c in candidates(many, facts, 32, STRATEGIES)}
+    assert "none" not in {c.strategy for c in candidates(many, facts, 33, STRATEGIES)}
 
 
 def test_block_rows_follow_the_mean_rows_of_an_expert() -> None:

@@ -21,7 +21,7 @@ def _finish(acc, first, packed, weight, bias_ptr, y_ptr, K: gl.constexpr, S: gl.
     """Weight and store output columns from `first` on, [part_rows, columns]; a few at a time, for biases take
     as many registers as columns."""
     WIDTH: gl.constexpr = acc.shape[1]
-    if WIDTH > S.stored:
+    if S.stored < WIDTH:
         parts: gl.constexpr = (S.part_rows, 2, WIDTH // 2)
         acc_0, acc_1 = gl.split(gl.permute(gl.reshape(acc, parts), (0, 2, 1)))
         _finish(acc_0, first, packed, weight, bias_ptr, y_ptr, K, S)

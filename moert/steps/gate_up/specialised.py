@@ -35,7 +35,7 @@ def _finish(
     """Activate and store output columns from `first` on, [part_rows, columns]; a few at a time, for biases
     take as many registers as columns."""
     WIDTH: gl.constexpr = gate.shape[1]
-    if WIDTH > S.stored:
+    if S.stored < WIDTH:
         parts: gl.constexpr = (S.part_rows, 2, WIDTH // 2)
         gate_0, gate_1 = gl.split(gl.permute(gl.reshape(gate, parts), (0, 2, 1)))
         up_0, up_1 = gl.split(gl.permute(gl.reshape(up, parts), (0, 2, 1)))
