@@ -40,10 +40,10 @@ portable kernel with gate and up in one product of 256 columns and four stages (
 (several machines, which differ by 5%): E=8 K=2 H=4096 I=14336: 4980 and 4826; E=128 K=8 H=2048 I=768: 724 and
 635; E=256 K=8 H=7168 I=256: 1553 and 1187. There a profiler that holds the clock at 1.55 GHz finds the matrix
 units busy 90 to 94% of the time, the second-level cache 62 to 75%; the cycles that it counts are 1.2 GHz in a
-chain of layers, where the clock falls under the load. Tried and lost: the second partition without the tiles it
-has no rows of (T=1024 and 4096: 4 to 8% more; T=512: 3% less, where blocks of 64 are faster still); its first
-product one or two steps after the other's (level); 32 blocks side by side instead of 8 (level, E=128 K=4
-H=I=2880 4% more).
+chain of layers, where the clock falls under the load. Tried and lost: the second partition without the tiles
+it has no rows of (T=1024 and 4096: 4 to 8% more; T=512: 3% less, where blocks of 64 are faster still); its
+first product one or two steps after the other's (level); 32 blocks side by side instead of 8 (level, E=128
+K=4 H=I=2880 4% more).
 
 Steps of int4 weights are of 64 columns or, with half the barriers, of two times 64, the second of which is
 widened with the scales of the first where a group has both. On an H200, short and long steps: E=128 K=8
