@@ -26,8 +26,8 @@ class Tile:
         bn: BN, output columns; of int4 weights, of streams and of specialised warps, rows of the weights,
             where a gate row and an up row make one output column.
         bk: BK, reduction columns a step; of streams, those of one warp.
-        num_warps, num_stages: warps of a program, steps in flight; of specialised warps, those that multiply,
-            with int4 weights those of each half.
+        num_warps, num_stages: warps of a program, steps in flight; of specialised warps, those of each of the
+            two partitions that multiply.
         kernel: one of `KERNELS`.
         split: of streams, parts of the reduction that warps work on side by side.
         repeats: of streams, tiles that a program takes one after the other.

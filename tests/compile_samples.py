@@ -102,7 +102,8 @@ def sampled_specialised() -> list[Variant]:
         replace(ragged, dtype="float16", quant=Quant("int4", 128, symmetric=False)),
         replace(ragged, quant=Quant("int4", 32, symmetric=False)),
     ):
-        for choice in specialised_tiles.choices(cfg, facts, "multi_phase", 1000.0):
+        for tile in specialised_tiles.every_tile(cfg, facts):
+            choice = Choice("multi_phase", tile, tile, facts.dependent_launch)
             launches = planned_launches(Layer(cfg).backend("sm_90"), 4096, choice, True)
             found += [
                 Variant("sm_90", Layer(cfg), 4096, choice, index, True, launch.name)

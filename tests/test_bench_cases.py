@@ -232,7 +232,13 @@ def test_a_run_of_everything(
     one = parts["prefill"]["b"]["int4"]["tokens"]["9"]["layers"]["uniform"]
     assert one["us"] == 4.0 and 0 < one["error"] < 5e-3
     assert one["times the floor"] == pytest.approx(4.0 / (one["bytes"] / 4.58e6), rel=1e-3)
+    # the product takes turns as the second: 10 us
+    assert one["matmul flops"] == pytest.approx(2 * layer_chain.MATMUL_SIZE**3 / 10e-6)
+    share = one["flops"] / 4e-6 / one["matmul flops"]
+    found = parts["prefill"]["b"]["int4"]["tokens"]["9"]
+    assert found["share beside"] == pytest.approx(share, abs=1e-3)
     skewed = parts["skew"]["a"]["bfloat16"]["tokens"]["5"]["layers"]
+    assert "matmul flops" not in skewed["same K experts"]
     expert = 3 * 64 * 32 * 2
     assert skewed["same K experts"]["bytes"] // expert == 2 < skewed["one hot expert"]["bytes"]
     assert parts["odd"]["pair"]["bfloat16"]["tokens"]["1"]["ratio"] > 0

@@ -30,6 +30,7 @@ from moert.cli.compile_variants import (
     Layer,
     Variant,
     layouts_of,
+    planned_launches,
 )
 from moert.cli.main import main
 from moert.config import MoEConfig
@@ -137,7 +138,12 @@ def test_what_is_collected(arch: str) -> None:
     assert {variant.arch for variant in found} == {arch}
     backend = Layer(SMALL).backend(arch)
     choices = {backend.default_choice(tokens) for tokens in BUCKETS}
-    kernels = {k for t in BUCKETS for k in backend.kernels(t, backend.default_choice(t))}
+    kernels = {
+        launch.name
+        for tokens in BUCKETS
+        for aligned in (True, False)
+        for launch in planned_launches(backend, tokens, backend.default_choice(tokens), aligned)
+    }
     facts = KNOWN_DEVICES[arch]
     beside = BESIDE if facts.kind == "hip" and facts.warp_size == 64 else ()
     assert {variant.kernel for variant in found} == {*kernels, ROUTING, *beside}

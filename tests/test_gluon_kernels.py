@@ -44,6 +44,7 @@ LAYERS = {
     "16 bits": PLAIN,
     "16 bits, interleaved": PLAIN,
     "16 bits, ungated": UNGATED,
+    "16 bits, one step": replace(PLAIN, hidden_size=64, intermediate_size=32),
     "g128": MoEConfig(4, 2, 272, 144, dtype="float16", quant=Quant("int4", 128)),
     "g32, zero points": replace(PLAIN, quant=Quant("int4", 32, symmetric=False)),
     "a group a row": replace(PLAIN, quant=Quant("int4", -1)),

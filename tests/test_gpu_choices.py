@@ -86,7 +86,7 @@ def kernels_of(choice: Choice) -> set[str]:
 
 
 def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
-    """The candidates; of 16-bit weights those that no other test runs.
+    """The candidates and tiles for crowds; of 16-bit weights those that no other test runs.
 
     Of portable int4 kernels, which the interpreter runs too, every fourth.
     """
@@ -100,7 +100,7 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
         found = list(dict.fromkeys((*found, *specialised)))
     if backend.facts.compute_units == FEW_UNITS:
         # 15 s of compiling for a kernel of int4 weights
-        return specialised[::3]
+        return specialised if backend.cfg.quant is None else specialised[::3]
     # beside one of each strategy and kind, tiles for crowds
     kinds = {(choice.strategy, *kernels_of(choice)): choice for choice in reversed(found)}
     crowded = [c for choice in kinds.values() for c in backend.crowded_choices(choice, bucket)]

@@ -24,10 +24,17 @@ from moert.cli.compile_variants import Variant, compile_variant  # noqa: E402
 
 pytestmark = pytest.mark.skipif("nvidia" not in triton.backends.backends, reason="no compiler")
 
-# the last of each kernel, of 16-bit weights and of the kinds of int4 tiles
-SAMPLES = list(
-    {(v.kernel, v.gemm_tile.num_warps, v.gemm_tile.bk): v for v in sampled_specialised()}.values()
-)
+
+def kind(variant: Variant) -> tuple[object, ...]:
+    """The kernel, and what its tile changes of its code: of 16-bit weights, what the partitions share."""
+    tile = variant.gemm_tile
+    assert tile is not None
+    rows = tile.bm if variant.layer.cfg.quant is None else None
+    return variant.kernel, tile.num_warps, tile.bk, rows
+
+
+# the last of each kind
+SAMPLES = list({kind(variant): variant for variant in sampled_specialised()}.values())
 
 
 # operations of the compiler's last representation that still has structure, by what they are here

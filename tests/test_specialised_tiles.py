@@ -147,13 +147,15 @@ def test_blocks_that_experts_fill_come_first() -> None:
         for cfg in (PLAIN, INT4):
             for choice in choices(cfg, H200, "one_shot", mean):
                 assert choice.gate_up is not None and choice.gate_up.bm <= 4 * mean
+    even = [c.gate_up for c in choices(PLAIN, H200, "one_shot", 64.0) if c.gate_up]
+    assert [(tile.bm, tile.bn) for tile in even] == [(128, 256), (128, 128), (64, 256)]
     assert not list(choices(INT4, H200, "one_shot", 5.0))
     assert not list(choices(PLAIN, H200, "one_shot", 15.0))
     tallest = {g: max(t.bm for t in tiles(replace(INT4, quant=Quant("int4", g)))) for g in (32, -1)}
     assert tallest == {32: 64, -1: 128} and max(tile.bm for tile in tiles(INT4)) == 128
 
 
-@pytest.mark.parametrize(("cfg", "few", "many"), [(PLAIN, 512, 4096), (INT4, 256, 512)])
+@pytest.mark.parametrize(("cfg", "few", "many"), [(PLAIN, 256, 512), (INT4, 256, 512)])
 def test_default_from_many_rows_on(cfg: MoEConfig, few: int, many: int) -> None:
     module = triton_tiles if cfg.quant is None else int4_tiles
     kernels = [module.default_choice(cfg, H200, tokens).gate_up.kernel for tokens in (few, many)]
@@ -228,7 +230,14 @@ def test_a_plan_for_other_weights_runs_portable_kernels() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"bk": 256}, {"num_warps": 16}, {"bm": 16}, {"bn": 512}, {"num_stages": 40}],
+    [
+        {"bk": 256},
+        {"num_warps": 16},
+        {"bm": 16},
+        {"bn": 512},
+        {"num_stages": 40},
+        {"num_stages": 1},
+    ],
     ids=str,
 )
 def test_tiles_that_no_kernel_is_written_for(change: dict[str, int]) -> None:
@@ -239,3 +248,8 @@ def test_tiles_that_no_kernel_is_written_for(change: dict[str, int]) -> None:
             assert backend.can_run(Choice("one_shot", tile, tile), 64)
             other = replace(tile, **change)
             assert not backend.can_run(Choice("one_shot", tile, other), 64)
+    # of 16-bit weights once: eight warps in one partition
+    wide = replace(every_tile(PLAIN, H200)[0], num_warps=8)
+    assert not TritonBackend(PLAIN, absent_weights(PLAIN), H200).can_run(
+        Choice("one_shot", wide, wide), 64
+    )

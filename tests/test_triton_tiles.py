@@ -123,10 +123,43 @@ def test_direct_plans_are_for_few_rows() -> None:
 
 
 def test_block_rows_follow_the_mean_rows_of_an_expert() -> None:
-    cfg, facts = MoEConfig(8, 2, 4096, 4096), KNOWN_DEVICES["sm_90"]
-    rows = [default_choice(cfg, facts, tokens).gate_up.bm for tokens in TOKENS]  # type: ignore[union-attr]
-    assert rows == sorted(rows)
-    assert rows[0] == 1 and rows[-1] == 128
+    """From 16 on they hold the rows of nearly every expert: of 64 rows where 32 are the mean."""
+    cfg = MoEConfig(8, 2, 4096, 4096)
+    for arch, least in (("gfx942", 1), ("sm_90", 8)):
+        facts = KNOWN_DEVICES[arch]
+        rows = [default_choice(cfg, facts, tokens).gate_up.bm for tokens in TOKENS]  # type: ignore[union-attr]
+        assert rows == sorted(rows)
+        assert rows[0] == least and rows[-1] == 128
+        assert default_choice(cfg, facts, 128).gate_up.bm == 64  # type: ignore[union-attr]
+
+
+def kinds(cfg: MoEConfig, arch: str, copied: bool = True) -> dict[int, str]:
+    found = {
+        t: default_choice(cfg, KNOWN_DEVICES[arch], t, copied) for t in (1, 2, 4, 8, 16, 24, 512)
+    }
+    return {t: choice.gate_up.kernel for t, choice in found.items() if choice.gate_up}
+
+
+def test_defaults_where_streams_were_measured() -> None:
+    """One program for all rows of an expert where tokens share experts, sorted streams up to a row each."""
+    qwen, mixtral = MoEConfig(128, 8, 2048, 768), MoEConfig(8, 2, 4096, 14336)
+    kernels = ["stream", "stream", "gathered", "gathered", "stream", "tile", "specialised"]
+    assert list(kinds(qwen, "sm_90").values()) == kernels
+    kernels = ["stream", "gathered", "gathered", "gathered", "tile", "tile", "specialised"]
+    assert list(kinds(mixtral, "sm_90").values()) == kernels
+    assert default_choice(qwen, KNOWN_DEVICES["sm_90"], 16).strategy == "one_shot"
+    for cfg, arch, copied in (
+        (qwen, "sm_80", True),
+        (qwen, "gfx942", True),
+        (qwen, "sm_90", False),
+        (replace(qwen, dtype="float32"), "sm_90", True),
+    ):
+        assert set(kinds(cfg, arch, copied).values()) == {"tile"}
+    # so many rows for so few experts are sorted, be tokens ever so few
+    assert (
+        default_choice(replace(qwen, num_experts=32, top_k=16), KNOWN_DEVICES["sm_90"], 8).strategy
+        != "none"
+    )
 
 
 def test_a_device_with_little_memory_gets_the_smallest_tile() -> None:

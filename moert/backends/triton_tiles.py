@@ -7,11 +7,13 @@ there is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from moert.backends import specialised_tiles
-from moert.backends.stream_choices import direct_choices, grouped_choices
+from moert.backends.stream_choices import LEAST, direct_choices, grouped_choices
+from moert.backends.stream_choices import default as default_stream
 from moert.backends.triton_tile_limits import (
     careful_tile,
     direct_fits,
@@ -39,9 +41,12 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
     """The choice made without measurement; of portable kernels where weights cannot be copied 16 bytes at a
     time.
 
-    direct up to 4 tokens: routed rows of so few tokens are mostly alone with their expert (measured on an
-    H200 with E=128, K=8: sort and matrix units begin to pay between 4 and 8 tokens); then BM follows the
-    mean rows an expert gets, and one workgroup sorts while all routed rows fit it comfortably.
+    Streams where they were measured and rows are few (`stream_choices.default`); else direct up to 4 tokens:
+    routed rows of so few tokens are mostly alone with their expert (measured on an H200 with E=128, K=8: sort
+    and matrix units begin to pay between 4 and 8 tokens). Then blocks hold the rows of nearly every expert,
+    the mean and two standard deviations of even routing, as far as blocks of 64 (E=8 K=2 H=4096 I=14336, 32
+    rows an expert: blocks of 32 took 37% longer), and one workgroup sorts while all routed rows fit it
+    comfortably.
 
     The tile is the first of a list, widest first, that the device has shared memory and registers for: with
     BM of 64 and 128 gfx950, of 160 KiB, gets tiles twice as wide as gfx942, of 64 KiB. RDNA (gfx1151) has one
@@ -49,14 +54,19 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
     """
     rows = tokens * cfg.top_k
     dependent = facts.dependent_launch
+    strategy = "one_shot" if rows <= 1024 else "multi_phase"
+    if copied and (tokens > LEAST or _mostly_alone(cfg, rows)):
+        streamed = default_stream(cfg, facts, strategy, tokens)
+        if streamed is not None:
+            return streamed
     if tokens <= 4 and rows <= 64:
         # dependent launch of the direct pair lost on an H200 (30.1 us for 26.0 at T=1, E=32, K=8, H=2048,
         # I=768): the down programs take registers and cache from gate/up programs still at work
         return direct_choice(cfg, facts)
     mean = rows / cfg.num_experts
-    bm = 16 if mean <= 12 else 32 if mean <= 32 else 64 if mean <= 128 else 128
+    most = mean + 2.0 * math.sqrt(mean)
+    bm = next((bm for bm in (16, 32) if most <= bm), 64 if mean <= 128 else 128)
     bm = min(bm, most_rows(cfg, facts))
-    strategy = "one_shot" if rows <= 1024 else "multi_phase"
     specialised = specialised_tiles.default(cfg, facts, strategy, mean) if copied else None
     if specialised is not None:
         return specialised
@@ -64,6 +74,11 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
         if _fits(tile, cfg, facts):
             return Choice(strategy, tile, tile, dependent)
     return _smallest(strategy, facts)
+
+
+def _mostly_alone(cfg: MoEConfig, rows: int) -> bool:
+    """Whether most routed rows have an expert of their own, or there are few."""
+    return rows <= max(DIRECT_ROWS, ROWS_ALONE * cfg.num_experts)
 
 
 def tall_pair(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> tuple[Tile, Tile] | None:
@@ -154,8 +169,7 @@ def candidates(
     default = default_choice(cfg, facts, tokens)
     found = {default: None}
     rows = tokens * cfg.top_k
-    alone = rows <= max(DIRECT_ROWS, ROWS_ALONE * cfg.num_experts)
-    if "none" in strategies and (alone or len(strategies) == 1):
+    if "none" in strategies and (_mostly_alone(cfg, rows) or len(strategies) == 1):
         found |= dict.fromkeys(_direct_candidates(cfg, facts))
         found |= dict.fromkeys(direct_choices(cfg, facts, tokens))
     sorts = [s for s in strategies if s != "none"]

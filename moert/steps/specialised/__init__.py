@@ -1,9 +1,9 @@
 """Warps that copy and warps that multiply: what the grouped GEMMs for many rows an expert share (Hopper,
 written in Gluon).
 
-One workgroup on each unit goes through its share of (block of BM sorted rows, tile of 256 weight rows), live
-blocks alone. Four of its warps copy the rows of x and the weights of the next steps of 64 columns into a ring
-in shared memory, across the end of a tile and into the next; the others multiply with `wgmma`, and never
+One workgroup on each unit goes through its share of (block of BM sorted rows, tile of 64 to 256 weight rows),
+live blocks alone. Four of its warps copy the rows of x and the weights of the next steps of 64 columns into a
+ring in shared memory, across the end of a tile and into the next; the others multiply with `wgmma`, and never
 compute an address of what they multiply. Two rows of barriers, full and empty, stand between them. Blocks of
 one expert, which read the same weights, go through the tiles side by side.
 
@@ -30,7 +30,7 @@ what whole layers take is in README.md.
     bfloat16   8, 2, 4096, 14336       512           961    1176
     bfloat16   8, 2, 4096, 14336      4096          4826    5518
 
-Below about 24 rows an expert (int4, and 64 in 16 bits) others are ahead: E=128 K=8 H=2048 I=768 in int4 at
+Below about 24 rows an expert (int4; 16 to 32 in 16 bits) others are ahead: E=128 K=8 H=2048 I=768 in int4 at
 T=128, 8 rows: 141 for 98. Tried and lost: int4 blocks of 128 rows that always multiply 128 columns (T=512
 above: 944 for 876); eight warps a partition instead of four on blocks of 64 and 128 rows (spills); the
 portable kernel with gate and up in one product of 256 columns and four stages (16 bits, T=512: 1075 for
@@ -38,12 +38,12 @@ portable kernel with gate and up in one product of 256 columns and four stages (
 
 16 bits, T=4096, one partition of eight warps that stores 4 bytes a lane, and the two of now, which store 16
 (several machines, which differ by 5%): E=8 K=2 H=4096 I=14336: 4980 and 4826; E=128 K=8 H=2048 I=768: 724 and
-635; E=256 K=8 H=7168 I=256: 1553 and 1187. There a profiler that holds the clock at 1.55 GHz finds the matrix
-units busy 90 to 94% of the time, the second-level cache 62 to 75%; the cycles that it counts are 1.2 GHz in a
-chain of layers, where the clock falls under the load. Tried and lost: the second partition without the tiles
-it has no rows of (T=1024 and 4096: 4 to 8% more; T=512: 3% less, where blocks of 64 are faster still); its
-first product one or two steps after the other's (level); 32 blocks side by side instead of 8 (level, E=128
-K=4 H=I=2880 4% more).
+635; E=256 K=8 H=7168 I=256: 1553 and 1187. In the first of these layers a profiler that holds the clock at
+1.55 GHz finds the matrix units busy 90 to 94% of the time, the second-level cache 62 to 75%; the cycles that
+it counts are 1.2 GHz in a chain of layers, where the clock falls under the load. Tried and lost: the second
+partition without the tiles it has no rows of (T=1024 and 4096: 4 to 8% more; T=512: 3% less, where blocks of
+64 are faster still); its first product one or two steps after the other's (level); 32 blocks side by side
+instead of 8 (level, E=128 K=4 H=I=2880 4% more).
 
 Steps of int4 weights are of 64 columns or, with half the barriers, of two times 64, the second of which is
 widened with the scales of the first where a group has both. On an H200, short and long steps: E=128 K=8
