@@ -142,7 +142,8 @@ def sort(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_yticks(SORT_TICKS, [f"{us}" for us in SORT_TICKS])
     axes.minorticks_off()
-    axes.set_ylim(0.9, MAX_SORT_US)
+    least = min(us for rows in cells.values() for times in rows.values() for us in times.values())
+    axes.set_ylim(0.9 * least, MAX_SORT_US)
     frame(
         axes,
         f"Sorting rows by expert on an {report['device']}: which strategy wins where",
