@@ -39,9 +39,11 @@ class StartUpRows:
             crowd: all rows take the first one's experts.
         """
         x, out = self.x[:tokens], self.out[:tokens]
-        if crowd and self._crowd is None:
-            self._crowd = all_as_first(self.ids)
-        ids = self._crowd if crowd and self._crowd is not None else self.ids
+        ids = self.ids
+        if crowd:
+            if self._crowd is None:
+                self._crowd = all_as_first(ids)
+            ids = self._crowd
         topk = TopK(self.weights[:tokens], ids[:tokens])
         self._call.set(call_key(x, topk, out, None, "keep"), x, topk, out, None)
         return out

@@ -58,7 +58,8 @@ def formats(parts: dict[str, Any], part: str) -> list[str]:
 def prefill_text(cell: Cell) -> str:
     (layer,) = cell["layers"].values()
     texts = [f"{layer['times the floor']:.2f}", f"{cell['matmul share']:.0%}"]
-    texts += [f"{cell[key]:.0%}" for key in ("share beside",) if key in cell]
+    if "share beside" in cell:
+        texts.append(f"{cell['share beside']:.0%}")
     return f"{number(layer['us'])} ({', '.join(texts)})"
 
 

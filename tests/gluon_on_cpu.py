@@ -189,11 +189,6 @@ def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.pending = count
 
 
-def _arrive(barrier: Barrier, count: int = 1, pred: Any = True) -> None:
-    if bool(_data(pred)):
-        barrier.arrive(count)
-
-
 def _copy(stage: Shared, pointer: Pointer, mask: Any = None) -> None:
     stage.data.copy_(load(pointer, mask, 0).data)
 
@@ -332,7 +327,6 @@ _LANGUAGE = _language()
 _BARRIERS = types.SimpleNamespace(
     MBarrierLayout=lambda: "barriers",
     init=_init,
-    arrive=_arrive,
     wait=lambda barrier, phase: barrier.wait(phase),
 )
 _COPIES = types.SimpleNamespace(

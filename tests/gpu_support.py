@@ -68,6 +68,21 @@ def rows(cfg: MoEConfig, tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, cfg.hidden_size, generator=g, device=DEVICE).to(cfg.torch_dtype)
 
 
+def assert_nothing_is_allocated(call: Callable[[], None], first: int, calls: int) -> None:
+    """By no account, in `calls` calls after the `first` ones. The device's free memory is one of them: no
+    other process may use the device meanwhile."""
+    for _ in range(first):
+        call()
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(calls):
+        call()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+    assert torch.cuda.mem_get_info()[0] == free
+
+
 def before(rows: torch.Tensor, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows at the start of a buffer that goes on with a few of `fill`, and those."""
     buffer = torch.full((rows.shape[0] + 5, rows.shape[1]), fill, dtype=rows.dtype, device=DEVICE)

@@ -13,6 +13,7 @@ from gpu_support import (
     REAL,
     UPDATES_ARE_LIMITED,
     assert_close,
+    assert_nothing_is_allocated,
     device_kernels,
     guarded,
     make_case,
@@ -84,16 +85,7 @@ def test_no_device_allocation_in_10000_calls(real: MoERuntime) -> None:
         live = counts[rng.randrange(2)] if rng.random() < 0.3 else None
         real.forward(pool.x[a : a + tokens], topk, out, num_valid=live)
 
-    for _ in range(200):
-        call()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    free = torch.cuda.mem_get_info()[0]
-    for _ in range(10_000):
-        call()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    assert torch.cuda.mem_get_info()[0] == free
+    assert_nothing_is_allocated(call, 200, 10_000)
 
 
 def test_no_device_allocation_in_calls_of_whole_blocks() -> None:
@@ -111,16 +103,7 @@ def test_no_device_allocation_in_calls_of_whole_blocks() -> None:
             topk = TopK(case.topk.weights[:tokens], case.topk.ids[:tokens])
             block.forward(pool[start : start + tokens], topk)
 
-        for _ in range(100):
-            call()
-        torch.cuda.synchronize()
-        allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
-        free = torch.cuda.mem_get_info()[0]
-        for _ in range(2000):
-            call()
-        torch.cuda.synchronize()
-        assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
-        assert torch.cuda.mem_get_info()[0] == free
+        assert_nothing_is_allocated(call, 100, 2000)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 40, 200, 512])

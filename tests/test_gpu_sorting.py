@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import DEVICE
+from gpu_support import DEVICE, assert_nothing_is_allocated
 
 from moert.device import device_facts
 from moert.steps.sorting import SortBuffers, sort
@@ -69,12 +69,4 @@ def test_nothing_is_allocated_with_buffers(policy: int) -> None:
             sort(ids[:tokens], weights[:tokens], 128, 16, policy=policy, num_valid=live, out=out)
             sort(ids[:tokens], weights[:tokens], 128, 16, policy=policy, out=out)
 
-    calls()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    free = torch.cuda.mem_get_info()[0]
-    for _ in range(20):
-        calls()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    assert torch.cuda.mem_get_info()[0] == free
+    assert_nothing_is_allocated(calls, 1, 20)

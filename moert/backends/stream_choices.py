@@ -117,17 +117,11 @@ def default(cfg: MoEConfig, facts: DeviceFacts, strategy: str, tokens: int) -> C
     mean = tokens * cfg.top_k / cfg.num_experts
     if tokens <= LEAST:
         kernel = "stream" if tokens == 1 or mean < _SHARED_MEAN else "gathered"
-        found = (
-            c
-            for c in direct_choices(cfg, facts, tokens)
-            if c.gate_up and c.gate_up.kernel == kernel
-        )
-        return next(found, None)
-    return (
-        next(grouped_choices(cfg, facts, strategy, tokens), None)
-        if mean <= _STREAMED_MEAN
-        else None
-    )
+        found = direct_choices(cfg, facts, tokens)
+        return next((c for c in found if c.gate_up and c.gate_up.kernel == kernel), None)
+    if mean > _STREAMED_MEAN:
+        return None
+    return next(grouped_choices(cfg, facts, strategy, tokens), None)
 
 
 def direct_choices(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Iterator[Choice]:

@@ -11,9 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moert.backends import specialised_tiles
-from moert.backends.stream_choices import LEAST, direct_choices, grouped_choices
-from moert.backends.stream_choices import default as default_stream
+from moert.backends import specialised_tiles, stream_choices
 from moert.backends.triton_tile_limits import (
     careful_tile,
     direct_fits,
@@ -55,8 +53,8 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
     rows = tokens * cfg.top_k
     dependent = facts.dependent_launch
     strategy = "one_shot" if rows <= 1024 else "multi_phase"
-    if copied and (tokens > LEAST or _mostly_alone(cfg, rows)):
-        streamed = default_stream(cfg, facts, strategy, tokens)
+    if copied and (tokens > stream_choices.LEAST or _mostly_alone(cfg, rows)):
+        streamed = stream_choices.default(cfg, facts, strategy, tokens)
         if streamed is not None:
             return streamed
     if tokens <= 4 and rows <= 64:
@@ -171,7 +169,7 @@ def candidates(
     rows = tokens * cfg.top_k
     if "none" in strategies and (_mostly_alone(cfg, rows) or len(strategies) == 1):
         found |= dict.fromkeys(_direct_candidates(cfg, facts))
-        found |= dict.fromkeys(direct_choices(cfg, facts, tokens))
+        found |= dict.fromkeys(stream_choices.direct_choices(cfg, facts, tokens))
     sorts = [s for s in strategies if s != "none"]
     sorts.sort(key=lambda s: s != default.strategy)
     for strategy, most in zip(sorts, (None, 3), strict=False):
@@ -179,7 +177,7 @@ def candidates(
         # which sort is faster
         fitting = dict.fromkeys(_grouped_candidates(cfg, facts, tokens, strategy, most))
         if most is None and rows <= STREAM_ROWS * cfg.num_experts:
-            fitting |= dict.fromkeys(grouped_choices(cfg, facts, strategy, tokens))
+            fitting |= dict.fromkeys(stream_choices.grouped_choices(cfg, facts, strategy, tokens))
         if most is None:
             fitting |= dict.fromkeys(
                 specialised_tiles.choices(cfg, facts, strategy, rows / cfg.num_experts)

@@ -12,7 +12,8 @@ from moert.steps.specialised.pipeline import (
     first_column,
     make_ring,
     multiply_tile,
-    part_slots,
+    part_values,
+    store_part,
 )
 
 
@@ -33,11 +34,7 @@ def _finish(acc, first, packed, weight, bias_ptr, y_ptr, K: gl.constexpr, S: gl.
             bias = gl.load(bias_ptr + n, mask=n < S.columns, other=0.0)
             acc += gl.expand_dims(bias.to(gl.float32), 0)
         acc *= gl.expand_dims(gl.convert_layout(weight, gl.SliceLayout(1, L)), 1)
-        y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), S.out)
-        n = gl.expand_dims(first + gl.arange(0, WIDTH, gl.SliceLayout(0, S.out)), 0)
-        row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
-        mask = gl.expand_dims((packed >> 24) < K, 1) & (n < S.columns)
-        gl.store(gl.expand_dims(y_ptr + row * S.columns, 1) + n, y, mask=mask)
+        store_part(acc, first, packed, y_ptr, K, S)
 
 
 @gluon.jit
@@ -52,14 +49,13 @@ def _multiply(
     S: gl.constexpr,
 ):
     sorted_token_ids, sorted_expert_ids, blocks = rows
+    OUT: gl.constexpr = S.out
+    MMA: gl.constexpr = S.mma
     it = 0
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        packed = part_slots(sorted_token_ids, block, PARTITION, S)
-        slots = block * S.bm + gl.arange(0, S.part_rows, gl.SliceLayout(1, S.mma))
-        if S.by_rows:
-            slots += PARTITION * S.part_rows
-        weight = gl.load(sorted_weights + slots)
+        packed = part_values(sorted_token_ids, block, OUT, PARTITION, S)
+        weight = part_values(sorted_weights, block, MMA, PARTITION, S)
         acc, it = multiply_tile(ring, it, PARTITION, S)
         bias_ptr = b2_ptr
         if b2_ptr is not None:

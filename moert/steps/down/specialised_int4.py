@@ -12,6 +12,7 @@ from moert.steps.specialised.int4_pipeline import (
     multiply_int4_tile,
     output_slots,
     packed_beyond,
+    store_results,
 )
 from moert.steps.specialised.pipeline import block_and_tile
 
@@ -46,12 +47,8 @@ def _one_tile(
         b = gl.load(b2_ptr + expert * S.columns + n, mask=n < S.columns, other=0.0)
         acc += gl.expand_dims(b.to(gl.float32), 1)
     weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
-    y = (acc * gl.expand_dims(weight, 0)).to(y_ptr.dtype.element_ty)
-    y = gl.convert_layout(y, S.out)
-    n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
-    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
-    mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
-    gl.store(gl.expand_dims(y_ptr + row * S.columns, 0) + n, y, mask=mask)
+    y = acc * gl.expand_dims(weight, 0)
+    store_results(y, first, packed, y_ptr, K, S)
     return it
 
 

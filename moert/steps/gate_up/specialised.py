@@ -14,7 +14,8 @@ from moert.steps.specialised.pipeline import (
     first_column,
     make_ring,
     multiply_tile,
-    part_slots,
+    part_values,
+    store_part,
 )
 
 
@@ -47,12 +48,8 @@ def _finish(
             n = first + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
             n = gl.expand_dims(n, 0)
             gate, up = add_bias(gate, up, bias_ptr, n, S.columns, S.paired, S.interleaved)
-        h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA).to(h_ptr.dtype.element_ty)
-        h = gl.convert_layout(h, S.out)
-        n = gl.expand_dims(first + gl.arange(0, WIDTH, gl.SliceLayout(0, S.out)), 0)
-        row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
-        mask = gl.expand_dims((packed >> 24) < K, 1) & (n < S.columns)
-        gl.store(gl.expand_dims(h_ptr + row * S.columns, 1) + n, h, mask=mask)
+        h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA)
+        store_part(h, first, packed, h_ptr, K, S)
 
 
 @gluon.jit
@@ -69,13 +66,14 @@ def _multiply(
     S: gl.constexpr,
 ):
     sorted_token_ids, sorted_expert_ids, blocks = rows
+    OUT: gl.constexpr = S.out
     it = 0
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
-        packed = part_slots(sorted_token_ids, block, PARTITION, S)
+        packed = part_values(sorted_token_ids, block, OUT, PARTITION, S)
         acc, it = multiply_tile(ring, it, PARTITION, S)
         if S.paired:
-            halves = gl.reshape(acc, (S.part_rows, 2, S.half))
+            halves = gl.reshape(acc, (S.part_rows, 2, S.part_width))
             gate, up = gl.split(gl.permute(halves, (0, 2, 1)))
         else:
             gate = acc

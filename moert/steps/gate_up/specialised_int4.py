@@ -14,6 +14,7 @@ from moert.steps.specialised.int4_pipeline import (
     multiply_int4_tile,
     output_slots,
     packed_beyond,
+    store_results,
 )
 from moert.steps.specialised.pipeline import block_and_tile
 
@@ -57,12 +58,8 @@ def _one_tile(
         n = first + gl.arange(0, S.width, gl.SliceLayout(1, gate.type.layout))
         n = gl.expand_dims(n, 1)
         gate, up = add_bias(gate, up, bias, n, S.columns, S.paired, False)
-    h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA).to(h_ptr.dtype.element_ty)
-    h = gl.convert_layout(h, S.out)
-    n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
-    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
-    mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
-    gl.store(gl.expand_dims(h_ptr + row * S.columns, 0) + n, h, mask=mask)
+    h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA)
+    store_results(h, first, packed, h_ptr, K, S)
     return it
 
 

@@ -6,14 +6,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from moert.steps.specialised.int4_widen import block_words, scaled_weights, step_values
-from moert.steps.specialised.pipeline import block_and_tile, packed_rows
+from moert.steps.specialised.pipeline import (
+    await_copies,
+    block_and_tile,
+    give_back,
+    packed_rows,
+)
 
 
 @gluon.jit
@@ -178,14 +182,6 @@ def _pin_arithmetic():
 
 
 @gluon.jit
-def _await_copies(ring, it, S: gl.constexpr):
-    """Step `it` is there, for the matrix unit too: the copies wrote through the generic proxy."""
-    _, _, _, _, full, _ = ring
-    mbarrier.wait(full.index(it % S.stages), (it // S.stages) & 1)
-    fence_async_shared()
-
-
-@gluon.jit
 def _words(ring, it, HALF: gl.constexpr, PARTITION: gl.constexpr, S: gl.constexpr):
     """This partition's codes of a block of step `it`."""
     _, codes, _, _, _, _ = ring
@@ -209,7 +205,7 @@ def _values(ring, it, words, HALF: gl.constexpr, PARTITION: gl.constexpr, S: gl.
 def _first_weights(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
     """This partition's weights of the first block of step `it`, once they are there, and their values."""
     xs, _, _, _, _, _ = ring
-    _await_copies(ring, it, S)
+    await_copies(ring, it, S)
     words = _words(ring, it, 0, PARTITION, S)
     values = _values(ring, it, words, 0, PARTITION, S)
     return scaled_weights(words, values, xs.dtype, N, S), values
@@ -245,15 +241,6 @@ def _done(w, acc, N: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def _give_back(ring, it, S: gl.constexpr):
-    """The place of step `it` in the ring is free again."""
-    _, _, _, _, _, empty = ring
-    # each thread for itself, at once: it has no copies under way, and what it read of the stage has been used
-    # by the product that it waited for
-    async_copy.mbarrier_arrive(empty.index(it % S.stages), increment_count=False)
-
-
-@gluon.jit
 def _multiply_single(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
     """`multiply_int4_tile` where a step is one block."""
     even, _ = _first_weights(ring, it, PARTITION, N, S)
@@ -261,24 +248,24 @@ def _multiply_single(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S:
         acc = _ask(ring, it, even, acc, 0, N, S)
         odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
         acc = _done(even, acc, N, S)
-        _give_back(ring, it, S)
+        give_back(ring, it, S)
         acc = _ask(ring, it + 1, odd, acc, 0, N, S)
         even, _ = _first_weights(ring, it + 2, PARTITION, N, S)
         acc = _done(odd, acc, N, S)
-        _give_back(ring, it + 1, S)
+        give_back(ring, it + 1, S)
         it += 2
     acc = _ask(ring, it, even, acc, 0, N, S)
     if S.steps % 2 == 0:
         odd, _ = _first_weights(ring, it + 1, PARTITION, N, S)
         acc = _done(even, acc, N, S)
-        _give_back(ring, it, S)
+        give_back(ring, it, S)
         acc = _ask(ring, it + 1, odd, acc, 0, N, S)
         acc = _done(odd, acc, N, S)
-        _give_back(ring, it + 1, S)
+        give_back(ring, it + 1, S)
         it += 2
     else:
         acc = _done(even, acc, N, S)
-        _give_back(ring, it, S)
+        give_back(ring, it, S)
         it += 1
     return acc, it
 
@@ -294,14 +281,14 @@ def _multiply_double(ring, it, acc, PARTITION: gl.constexpr, N: gl.constexpr, S:
         acc = _ask(ring, it, odd, acc, 1, N, S)
         even, values = _first_weights(ring, it + 1, PARTITION, N, S)
         acc = _done(odd, acc, N, S)
-        _give_back(ring, it, S)
+        give_back(ring, it, S)
         it += 1
     acc = _ask(ring, it, even, acc, 0, N, S)
     odd = _second_weights(ring, it, values, PARTITION, N, S)
     acc = _done(even, acc, N, S)
     acc = _ask(ring, it, odd, acc, 1, N, S)
     acc = _done(odd, acc, N, S)
-    _give_back(ring, it, S)
+    give_back(ring, it, S)
     return acc, it + 1
 
 
@@ -333,3 +320,13 @@ def packed_beyond(sorted_token_ids, t, blocks, S: gl.constexpr):
 def output_slots(sorted_token_ids, block, N: gl.constexpr, S: gl.constexpr):
     """Packed slots [N] of a block, as they are needed to store results."""
     return gl.load(sorted_token_ids + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out)))
+
+
+@gluon.jit
+def store_results(results, first, packed, out_ptr, K: gl.constexpr, S: gl.constexpr):
+    """Store results [width, N], output columns from `first` on, to the rows of the packed slots [N]."""
+    values = gl.convert_layout(results.to(out_ptr.dtype.element_ty), S.out)
+    n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
+    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
+    mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
+    gl.store(gl.expand_dims(out_ptr + row * S.columns, 0) + n, values, mask=mask)

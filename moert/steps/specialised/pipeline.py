@@ -77,8 +77,8 @@ def _copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile
     L: gl.constexpr = S.copies
     j = gl.arange(0, S.bn, gl.SliceLayout(1, L))
     if S.paired:
-        n = tile * S.width + (j // (2 * S.half)) * S.half + j % S.half
-        up = (j // S.half) % 2
+        n = tile * S.width + (j // (2 * S.part_width)) * S.part_width + j % S.part_width
+        up = (j // S.part_width) % 2
         row = 2 * n + up if S.interleaved else n + up * S.columns
     else:
         n = tile * S.width + j
@@ -132,13 +132,30 @@ def copy_tiles(
 
 
 @gluon.jit
+def await_copies(ring, it, S: gl.constexpr):
+    """Step `it` of a ring is there, for the matrix unit too: the copies wrote through the generic proxy.
+
+    Args:
+        ring: a tuple that ends with the barriers full and empty.
+    """
+    mbarrier.wait(ring[-2].index(it % S.stages), (it // S.stages) & 1)
+    fence_async_shared()
+
+
+@gluon.jit
+def give_back(ring, it, S: gl.constexpr):
+    """This thread needs the place of step `it` in a ring no more: its products, and with them whatever was
+    read of it, are done."""
+    # each thread for itself, at once: it has no copies under way
+    async_copy.mbarrier_arrive(ring[-1].index(it % S.stages), increment_count=False)
+
+
+@gluon.jit
 def _product(ring, it, acc, PARTITION: gl.constexpr, S: gl.constexpr):
     """acc + x w^T of step `it`, this partition's part, under way when this returns."""
-    xs, ws, full, _ = ring
+    xs, ws, _, _ = ring
+    await_copies(ring, it, S)
     slot = it % S.stages
-    mbarrier.wait(full.index(slot), (it // S.stages) & 1)
-    # the copies wrote through the generic proxy
-    fence_async_shared()
     x = xs.index(slot)
     w = ws.index(slot)
     if S.by_rows:
@@ -146,14 +163,6 @@ def _product(ring, it, acc, PARTITION: gl.constexpr, S: gl.constexpr):
     else:
         w = w.slice(PARTITION * S.part_columns, S.part_columns, 0)
     return warpgroup_mma(x, w.permute((1, 0)), acc, is_async=True)
-
-
-@gluon.jit
-def _give_back(ring, it, S: gl.constexpr):
-    """This thread needs the place of step `it` in the ring no more."""
-    _, _, _, empty = ring
-    # each thread for itself, at once: it has no copies under way
-    async_copy.mbarrier_arrive(empty.index(it % S.stages), increment_count=False)
 
 
 @gluon.jit
@@ -165,20 +174,20 @@ def multiply_tile(ring, it, PARTITION: gl.constexpr, S: gl.constexpr):
         acc = _product(ring, it + 1, acc, PARTITION, S)
         # the product before this one is done
         acc = warpgroup_mma_wait(1, deps=[acc])
-        _give_back(ring, it, S)
+        give_back(ring, it, S)
         it += 1
     acc = warpgroup_mma_wait(0, deps=[acc])
-    _give_back(ring, it, S)
+    give_back(ring, it, S)
     return acc, it + 1
 
 
 @gluon.jit
-def part_slots(sorted_token_ids, block, PARTITION: gl.constexpr, S: gl.constexpr):
-    """Packed slots [part_rows] of a partition's rows of a block, as they are needed to store results."""
-    slots = block * S.bm + gl.arange(0, S.part_rows, gl.SliceLayout(1, S.out))
+def part_values(pointer, block, LAYOUT: gl.constexpr, PARTITION: gl.constexpr, S: gl.constexpr):
+    """What a sort wrote of a partition's rows of a block, [part_rows] beside tensors of LAYOUT."""
+    slots = block * S.bm + gl.arange(0, S.part_rows, gl.SliceLayout(1, LAYOUT))
     if S.by_rows:
         slots += PARTITION * S.part_rows
-    return gl.load(sorted_token_ids + slots)
+    return gl.load(pointer + slots)
 
 
 @gluon.jit
@@ -188,3 +197,13 @@ def first_column(tile, PARTITION: gl.constexpr, S: gl.constexpr):
     if not S.by_rows:
         start += PARTITION * S.part_width
     return start
+
+
+@gluon.jit
+def store_part(results, first, packed, out_ptr, K: gl.constexpr, S: gl.constexpr):
+    """Store results [part_rows, columns], output columns from `first` on, to the rows of the packed slots."""
+    values = gl.convert_layout(results.to(out_ptr.dtype.element_ty), S.out)
+    n = gl.expand_dims(first + gl.arange(0, results.shape[1], gl.SliceLayout(0, S.out)), 0)
+    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
+    mask = gl.expand_dims((packed >> 24) < K, 1) & (n < S.columns)
+    gl.store(gl.expand_dims(out_ptr + row * S.columns, 1) + n, values, mask=mask)

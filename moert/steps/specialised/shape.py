@@ -10,7 +10,6 @@ from triton.experimental.gluon import language as gl
 MULTIPLY_WARPS = 4  # of each of two partitions
 COPY_WARPS = 4
 REGISTERS = (184, 136)  # of a thread of the second multiplying partition, and of one that copies
-OUT_COLUMNS = 32  # stored at a time
 STEP = 64  # columns of the reduction a stage holds: 128 bytes, a row of the swizzled shared memory
 
 
@@ -58,7 +57,7 @@ class SpecialisedShape:
     @property
     def shared_bytes(self) -> int:
         """Shared memory: the ring, its barriers, and what results pass through on their way out."""
-        out = 2 * self.part_rows * OUT_COLUMNS * 2
+        out = 2 * self.part_rows * self.stored * 2
         return self.stages * ((self.bm + self.bn) * STEP * 2 + 16) + out + 1024
 
     @property
@@ -86,18 +85,13 @@ class SpecialisedShape:
 
     @property
     def part_width(self) -> int:
-        """Output columns of a partition."""
+        """Output columns of a partition; where paired, its gate rows, which lie before as many up rows."""
         return self.part_columns // 2 if self.paired else self.part_columns
 
     @property
     def stored(self) -> int:
         """Columns that are stored at a time."""
-        return OUT_COLUMNS
-
-    @property
-    def half(self) -> int:
-        """Gate rows that a partition has side by side, and then as many up rows."""
-        return self.part_columns // 2
+        return 32
 
     @property
     def mma(self) -> Any:
@@ -106,7 +100,7 @@ class SpecialisedShape:
 
     @property
     def out(self) -> Any:
-        """[part_rows, OUT_COLUMNS] to be stored, 16 bytes of a row a lane."""
+        """[part_rows, stored] to be stored, 16 bytes of a row a lane."""
         return gl.BlockedLayout([1, 8], [8, 4], [MULTIPLY_WARPS, 1], [1, 0])
 
     @property
