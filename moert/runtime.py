@@ -170,7 +170,8 @@ class MoERuntime(CallFlow):
 
         Args:
             router_logits: [T, E] float32, bfloat16 or float16, unit inner stride, T <= max_tokens.
-            num_valid: int32 scalar on the device: rows from there on are neither read nor written.
+            num_valid: int32 scalar on the device: rows from there on are not written, and what they hold
+                makes no difference.
 
         Returns:
             TopK(weights [T, K] float32, ids [T, K] int32) in one of two alternating buffers of the share

@@ -2,8 +2,9 @@
 
 An fp32 logit becomes an int32 of the same order, because hardware reduces integers across a warp in one
 instruction (`redux.sync` on NVIDIA from sm_80) where a float, or a value with its index, takes five
-dependent shuffles. fp16 and bf16 logits leave the low 13 bits of that key unused, which then hold the
-expert id: one reduction a step gives both; other keys need a second one for the id.
+dependent shuffles. For the same reason the softmax over the chosen logits is summed up as they are found.
+fp16 and bf16 logits leave the low 13 bits of that key unused, which then hold the expert id: one reduction
+a step gives both; other keys need a second one for the id.
 """
 
 from __future__ import annotations
@@ -99,12 +100,22 @@ def _max12(x):
 
 
 @triton.jit
-def _choose(key, experts, slot, K: tl.constexpr, PACKED: tl.constexpr):
-    """The K best keys of key [BT, G, P] and their experts, in slot order, [BT, KP]."""
+def _choose(key, experts, slot, K: tl.constexpr, PACKED: tl.constexpr, SUM: tl.constexpr):
+    """The K best keys of key [BT, G, P] and their experts, in slot order, [BT, KP].
+
+    SUM: the keys are of logits; also the best logit [BT], and the sum of the powers of all K relative to it,
+    while the steps that find them are under way: after them, six dependent exchanges of a warp would.
+    """
     chosen_key = tl.full([key.shape[0], slot.shape[1]], MINUS_INF, tl.int32)
     chosen = tl.zeros_like(chosen_key)
+    first = tl.full([key.shape[0]], -FLOAT_MAX, tl.float32)
+    total = tl.zeros_like(first)
     for k in range(K):
         best = _max12(key)
+        if SUM:
+            x = _from_key(best, PACKED)
+            first = tl.maximum(first, x)  # the first is the best
+            total += tl.exp(x - first)
         if PACKED:
             expert = ID_MASK - (best & ID_MASK)
             key = tl.where(key == best[:, None, None], LOWEST, key)
@@ -114,7 +125,7 @@ def _choose(key, experts, slot, K: tl.constexpr, PACKED: tl.constexpr):
             key = tl.where(experts == expert[:, None, None], LOWEST, key)
         chosen_key = tl.where(slot == k, best[:, None], chosen_key)
         chosen = tl.where(slot == k, expert[:, None], chosen)
-    return chosen_key, chosen
+    return chosen_key, chosen, first, total
 
 
 @triton.jit
@@ -151,10 +162,16 @@ def _keep_groups(key, group_key, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.conste
     return tl.where(kept[:, :, None], key, LOWEST)
 
 
+@triton.constexpr_function
+def _relative_to_chosen(scoring, renormalize):
+    """Whether weights are the softmax over the chosen logits, of which the others make no part."""
+    return scoring == "softmax_topk" or (scoring == "softmax" and renormalize)
+
+
 @triton.jit
 def _weigh(x, mask, peak, total, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr):
     """Weights [BT, KP] of the chosen logits x; peak and total belong to the softmax over E."""
-    if SCORING == "softmax_topk" or (SCORING == "softmax" and RENORMALIZE):
+    if _relative_to_chosen(SCORING, RENORMALIZE):
         chosen_peak = tl.maximum(tl.max(x, axis=1), -FLOAT_MAX)
         w = tl.exp(x - chosen_peak[:, None])
         return w / tl.maximum(tl.sum(w, axis=1), 1.0)[:, None]
@@ -180,7 +197,7 @@ def routing_fwd_kernel(
     BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
     SHARED: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Route BLOCK_T tokens; rows from min(num_tokens, *num_valid_ptr) on are neither read nor written.
+    """Route BLOCK_T tokens; rows from min(num_tokens, *num_valid_ptr) on are not written.
 
     logits [PARTS, num_tokens, E] with a row stride, to be added up; bias [E] or None; weights fp32 and ids
     int32 [num_tokens, K + SHARED], contiguous; num_valid int32 scalar or None. The experts lie as
@@ -204,8 +221,9 @@ def routing_fwd_kernel(
     place = tl.multiple_of(tl.arange(0, GROUP), 1)[None, None, :]
     experts = group * (E // NUM_GROUPS) + place
     real = (group < NUM_GROUPS) & (place < E // NUM_GROUPS)
-    alive = (row < live)[:, None, None] & real
-    x = _load_logits(row_ptr[:, None, None] + experts, alive, part_stride, PARTS)
+    # by the tensor's size, not by the live count, which is still on its way
+    inside = (row < num_tokens)[:, None, None] & real
+    x = _load_logits(row_ptr[:, None, None] + experts, inside, part_stride, PARTS)
 
     peak = tl.zeros([BLOCK_T], tl.float32)
     total = peak
@@ -229,17 +247,23 @@ def routing_fwd_kernel(
         key = _keep_groups(key, group_key, NUM_GROUPS, TOP_GROUPS)
 
     slot = tl.arange(0, BLOCK_K)[None, :]
-    chosen_key, chosen = _choose(key, experts, slot, K, PACKED)
+    SUM: tl.constexpr = BY_LOGIT and _relative_to_chosen(SCORING, RENORMALIZE)
+    chosen_key, chosen, best, sum_of_chosen = _choose(key, experts, slot, K, PACKED, SUM)
     mask = (row < live)[:, None] & (slot < K)
     if BY_LOGIT:
         picked = _from_key(chosen_key, PACKED)
     else:
         picked = _load_logits(row_ptr[:, None] + chosen, mask, part_stride, PARTS)
-    weights = _weigh(picked, mask, peak, total, SCORING, RENORMALIZE) * SCALE
+    if SUM:
+        # nothing but -inf has a smaller sum than the best one's own 1
+        weights = tl.exp(picked - best[:, None]) / tl.maximum(sum_of_chosen, 1.0)[:, None]
+    else:
+        weights = _weigh(picked, mask, peak, total, SCORING, RENORMALIZE)
+    weights *= SCALE
     if SHARED > 0:
         shared = tl.full([BLOCK_T], 1.0, tl.float32)
         if GATE:
-            shared = tl.sigmoid(_load_sum(row_ptr + E, row < live, 0.0, part_stride, PARTS))
+            shared = tl.sigmoid(_load_sum(row_ptr + E, row < num_tokens, 0.0, part_stride, PARTS))
         weights = tl.where(slot < K, weights, shared[:, None])
         chosen = tl.where(slot < K, chosen, E + slot - K)
         mask = (row < live)[:, None] & (slot < K + SHARED)
@@ -308,7 +332,7 @@ def route_triton(
         logits: [T, E] fp32, bf16 or fp16, unit inner stride.
         correction_bias: [E] where the rule has one, else ignored.
         out: TopK(weights [T, K] fp32, ids [T, K] int32), contiguous; written.
-        num_valid: int32 scalar on the device; rows from there on are neither read nor written.
+        num_valid: int32 scalar on the device; rows from there on are not written.
 
     Raises:
         UnsupportedError: more than 1024 experts.

@@ -20,7 +20,11 @@ import triton
 import triton.language as tl
 
 from moert.steps.call_args import live_tokens, load_routing_weight
-from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.dependent_launch import (
+    compute_before_wait,
+    let_successor_start,
+    wait_for_predecessor,
+)
 from moert.steps.sorting.block_size import block_size, blocks_before, crowds, whole_blocks
 
 ROW_BITS = 10  # of a key
@@ -37,20 +41,20 @@ _NOBODY = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _token_and_slot(row, K: tl.constexpr):
+def _id_words(ids_ptr, ids_stride, ids_words, row, K: tl.constexpr):
+    """Token and slot of each row, and where the low word of its expert id is."""
     # unsigned: rows are never negative, which the compiler does not know
     unsigned = row.to(tl.uint32)
-    return (unsigned // K).to(tl.int32), (unsigned % K).to(tl.int32)
+    token = (unsigned // K).to(tl.int32)
+    slot = (unsigned % K).to(tl.int32)
+    return token, slot, ids_ptr + token.to(tl.int64) * ids_stride + slot * ids_words
 
 
 @triton.jit
 def _load_keys(
-    ids_ptr, ids_stride, ids_words, num_tokens, live, expert_mask_ptr, row,
-    E: tl.constexpr, K: tl.constexpr,
+    word, token, ids_words, num_tokens, live, expert_mask_ptr, row, E: tl.constexpr
 ):  # fmt: skip
     """Expert and key of each row: `expert << ROW_BITS | row`, in the order of the output; NOBODY for none."""
-    token, slot = _token_and_slot(row, K)
-    word = ids_ptr + token.to(tl.int64) * ids_stride + slot * ids_words
     # masked by the tensor's size, not by the live count, which is still on its way
     inside = token < num_tokens
     low = tl.load(word, mask=inside, other=-1)
@@ -77,23 +81,23 @@ def sort_one_shot_few_kernel(
     crowded_valid_ids: `moert.steps.sorting.block_size`. The programs reach past the last row by one:
     that row of nobody has its place behind all others, and so tells how many there are. EP: at least 32.
     """
+    lane = tl.arange(0, 32)
+    mine = (tl.program_id(0) * SHARE + tl.arange(0, SHARE))[None, :, None]
+    my_token, my_slot, my_word = _id_words(ids_ptr, ids_stride, ids_words, mine, K)
+    row = tl.arange(0, C // 32)[:, None] * 32 + lane[None, :]
+    token, _, word = _id_words(ids_ptr, ids_stride, ids_words, row, K)
+    compute_before_wait(PDL)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     live = live_tokens(num_tokens, num_valid_ptr)
-    lane = tl.arange(0, 32)
-    mine = (tl.program_id(0) * SHARE + tl.arange(0, SHARE))[None, :, None]
     my_expert, my_key = _load_keys(
-        ids_ptr, ids_stride, ids_words, num_tokens, live, expert_mask_ptr, mine, E, K
+        my_word, my_token, ids_words, num_tokens, live, expert_mask_ptr, mine, E
     )
-    my_token, my_slot = _token_and_slot(mine, K)
     my_weight = load_routing_weight(
         weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32,
         my_token, my_slot, my_token < num_tokens,
     )  # fmt: skip
-    row = tl.arange(0, C // 32)[:, None] * 32 + lane[None, :]
-    _, key = _load_keys(
-        ids_ptr, ids_stride, ids_words, num_tokens, live, expert_mask_ptr, row, E, K
-    )
+    _, key = _load_keys(word, token, ids_words, num_tokens, live, expert_mask_ptr, row, E)
     flat = tl.reshape(key, [C], can_reorder=True)
     count = tl.histogram(flat >> _ROW_BITS, EP, mask=flat != _NOBODY)
     less = tl.sum((key[:, None, :] < my_key).to(tl.int32), 0)  # [SHARE, 32], to be summed
