@@ -41,6 +41,8 @@ CASES = [
     Case(3, 1000, 32, 16, "large E and K"),
     Case(33, 16, 8, 16, "several rows an expert"),
     Case(13, 8, 2, 5, "block no power of two"),
+    Case(45, 3, 2, 80, "block no power of two, one and two of an expert", ids="hot"),
+    Case(45, 8, 4, 160, "block no power of two, larger than all rows", live=40),
     Case(17, 8, 3, 64, "block larger than all rows", live=11),
     Case(40, 32, 4, 16, "one expert takes all", ids="same"),
     Case(40, 32, 4, 16, "one hot expert", ids="hot"),

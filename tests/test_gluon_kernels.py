@@ -67,9 +67,11 @@ def cases() -> Iterator[tuple[str, Choice, int]]:
         wide = stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 64)
         most = max(wide, key=lambda c: (c.gate_up.together, c.down.together, -c.gate_up.bn))
         yield name, most, 45
-        # an expert with more rows than a block, others with few
+        # an expert with more rows than a block, others with few; of blocks that are two products, also those
+        # that need both, the first, and half of it
         for tile in specialised_tiles.every_tile(cfg, FEW_UNITS):
-            yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), 150
+            tokens = 150 if tile.bm <= 128 else 200
+            yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), tokens
 
 
 def gathers(choice: Choice) -> bool:

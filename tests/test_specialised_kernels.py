@@ -74,9 +74,14 @@ def events(code: str) -> list[str]:
 
 
 def blocks_a_step(variant: Variant) -> int:
-    """Products of a stage of the ring."""
+    """Products of a stage of the ring, at most."""
     assert variant.gemm_tile is not None
-    return variant.gemm_tile.bk // 64
+    return 2 if is_tall(variant) else variant.gemm_tile.bk // 64
+
+
+def is_tall(variant: Variant) -> bool:
+    """Whether blocks are two products."""
+    return "tall" in variant.kernel
 
 
 def id_of(variant: Variant) -> str:
@@ -120,14 +125,20 @@ def test_a_stage_is_given_back_once_its_product_is_done(
 def test_a_stage_of_16_bits_is_given_back_while_the_next_is_multiplied(
     variant: Variant, compiled: dict[Variant, str]
 ) -> None:
-    """Of both partitions: the first product of a tile, the loop, and what follows it."""
+    """Of both partitions: the first products of a tile, the loop, and what follows it."""
     code = compiled[variant]
     found = [event for event in events(code) if event not in ("load", "predecessor")]
-    ask = ["wait", "fence", "product", "done"]
-    partition = [*ask, *ask, "arrive", "done", "arrive"]
-    assert found == [*partition, *partition, "wait", "copy", "copy", "arrive"]
-    # how many products may still be under way: the newest one, until there is no further one
-    assert re.findall(r"warp_group_dot_wait .*pendings = (\d)", code) == ["1", "1", "0"] * 2
+    # a tile of tall blocks is there for both products, for the first, and for half its columns
+    products = (2, 1, 1) if is_tall(variant) else (1,)
+    partition = []
+    for count in products:
+        ask = ["wait", "fence", *["product"] * count, "done"]
+        partition += [*ask, *ask, "arrive", "done", "arrive"]
+    copies = ["copy"] * (3 if is_tall(variant) else 2)
+    assert found == [*partition, *partition, "wait", *copies, "arrive"]
+    # how many products may still be under way: those of the newest step, until there is no further one
+    pending = [n for count in products for n in (str(count), str(count), "0")]
+    assert re.findall(r"warp_group_dot_wait .*pendings = (\d)", code) == pending * 2
 
 
 @pytest.mark.parametrize("variant", SAMPLES, ids=id_of)

@@ -26,6 +26,7 @@ from moert.config import MoEConfig, Quant
 from moert.device import KNOWN_DEVICES
 from moert.plan import STRATEGIES, Choice, Tile
 from moert.quantization.int4_layout import Int4Matrix
+from moert.steps.specialised.tall_shape import TallShape
 from moert.weights import ExpertWeights
 
 H200 = KNOWN_DEVICES["sm_90"]
@@ -97,7 +98,13 @@ def test_every_tile_fits(name: str) -> None:
             if cfg.quant is None:
                 shape = specialised_shape(cfg, H200, tile, up=up)
                 width, steps = shape.width, shape.steps
-                assert tile.bm in (64, 128) and width * (1 + shape.paired) == tile.bn
+                assert width * (1 + shape.paired) == tile.bn
+                # every part of a block is a whole instruction, and a partition's rows of weights too
+                assert shape.first in (64, 128) and shape.second in (0, 16, 32, 64)
+                assert shape.first + shape.second == tile.bm
+                assert isinstance(shape, TallShape) == (shape.second > 0)
+                assert isinstance(shape, TallShape) or shape.part_rows % 64 == 0
+                assert not isinstance(shape, TallShape) or shape.part_columns % 64 == 0
             else:
                 int4 = specialised_int4_shape(cfg, H200, tile, up=up)
                 shape, width, steps = int4, 2 * int4.width, int4.steps
@@ -148,11 +155,29 @@ def test_blocks_that_experts_fill_come_first() -> None:
             for choice in choices(cfg, H200, "one_shot", mean):
                 assert choice.gate_up is not None and choice.gate_up.bm <= 4 * mean
     even = [c.gate_up for c in choices(PLAIN, H200, "one_shot", 64.0) if c.gate_up]
-    assert [(tile.bm, tile.bn) for tile in even] == [(128, 256), (128, 128), (64, 256)]
+    lower = [(128, 256), (128, 128), (64, 256)]
+    assert [(tile.bm, tile.bn) for tile in even if tile.bm in (64, 128)] == lower
     assert not list(choices(INT4, H200, "one_shot", 5.0))
     assert not list(choices(PLAIN, H200, "one_shot", 15.0))
     tallest = {g: max(t.bm for t in tiles(replace(INT4, quant=Quant("int4", g)))) for g in (32, -1)}
     assert tallest == {32: 64, -1: 128} and max(tile.bm for tile in tiles(INT4)) == 128
+
+
+def test_tall_blocks() -> None:
+    """First where they hold nearly every expert's rows and one part of them does not; never by default."""
+    for mean, blocks in ((32, {64, 128}), (64, {64, 80, 128}), (128, {64, 80, 128, 160})):
+        found = [c.gate_up for c in choices(PLAIN, H200, "one_shot", mean) if c.gate_up]
+        assert {tile.bm for tile in found} == blocks
+        assert found[0].bm == {32: 64, 64: 80, 128: 160}[mean]
+        chosen = default(PLAIN, H200, "one_shot", mean)
+        assert chosen is not None and chosen.gate_up is not None
+        assert chosen.gate_up.bm in (64, 128)
+    assert {pair[0].bm for pair in tall_pairs(PLAIN, H200, 512, 128)} == {64, 128}
+    assert not {tile.bm for tile in tiles(INT4)} & {80, 160}
+    backend = TritonBackend(PLAIN, absent_weights(PLAIN), H200)
+    for bm, bn, fits in ((96, 256, True), (144, 256, True), (192, 128, True), (192, 256, False)):
+        tile = Tile(bm, bn, 64, 4, 3, "specialised")
+        assert backend.can_run(Choice("one_shot", tile, tile), 64) == fits
 
 
 @pytest.mark.parametrize(("cfg", "few", "many"), [(PLAIN, 256, 512), (INT4, 256, 512)])
@@ -198,8 +223,17 @@ def test_unaligned_calls_are_portable_on_the_same_arena() -> None:
             choice = Choice("multi_phase", tile, tile, True)
             unaligned = backend.unaligned(choice)
             assert unaligned.gate_up is not None and unaligned.gate_up.kernel == "tile"
-            assert unaligned.gate_up.bm == tile.bm
-            assert backend.fields(4096, unaligned) == backend.fields(4096, choice)
+            # blocks of tall tiles are of no power of two
+            assert unaligned.gate_up.bm == {80: 64, 160: 128}.get(tile.bm, tile.bm)
+            fields = {field.name: field for field in backend.fields(4096, choice)}
+            needed = backend.fields(4096, unaligned)
+            assert [field.name for field in needed] == list(fields)
+            for field in needed:
+                whole = fields[field.name]
+                assert field.dtype == whole.dtype
+                larger = zip(field.shape, whole.shape, strict=True)
+                assert all(size <= most for size, most in larger)
+                assert unaligned.gate_up.bm != tile.bm or field == whole
 
 
 def test_weights_beyond_32_bit_offsets_are_left_to_others() -> None:

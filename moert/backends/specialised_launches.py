@@ -16,10 +16,13 @@ from moert.plan import Tile
 from moert.quantization.int4_layout import Int4Matrix
 from moert.steps.down.specialised import down_specialised_kernel
 from moert.steps.down.specialised_int4 import down_specialised_int4_kernel
+from moert.steps.down.specialised_tall import down_specialised_tall_kernel
 from moert.steps.gate_up.specialised import gate_up_specialised_kernel
 from moert.steps.gate_up.specialised_int4 import gate_up_specialised_int4_kernel
+from moert.steps.gate_up.specialised_tall import gate_up_specialised_tall_kernel
 from moert.steps.specialised.int4_shape import SpecialisedInt4Shape
 from moert.steps.specialised.shape import SpecialisedShape
+from moert.steps.specialised.tall_shape import TallShape
 from moert.weights import ExpertWeights
 
 
@@ -71,11 +74,13 @@ def _launch(
         shape = specialised_int4_shape(cfg, facts, tile, up=up)
         args |= int4_args(name, matrix)
     else:
-        kernel = gate_up_specialised_kernel if up else down_specialised_kernel
         strides = (matrix.stride(0), matrix.stride(1))
         shape = specialised_shape(
             cfg, facts, tile, up=up, interleaved=weights.interleaved, strides=strides
         )
+        kernel = gate_up_specialised_kernel if up else down_specialised_kernel
+        if isinstance(shape, TallShape):
+            kernel = gate_up_specialised_tall_kernel if up else down_specialised_tall_kernel
         args |= {name: matrix}
     return Launch(
         kernel,

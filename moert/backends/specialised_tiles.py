@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from moert.plan import Choice, Tile
 from moert.quantization.int4_layout import columns_per_group
 from moert.steps.specialised.int4_shape import ROW_TILES, SpecialisedInt4Shape
 from moert.steps.specialised.shape import MULTIPLY_WARPS, STEP, SpecialisedShape
+from moert.steps.specialised.tall_shape import BLOCKS, MOST_SUMS, TallShape, first_part
 from moert.steps.weight_tiles import ROWS
 from moert.weights import ExpertWeights
 
@@ -32,6 +34,8 @@ DEFAULT_INT4_MEAN = 24
 LONG_STEP = 2 * STEP
 # BM, BN and stages, the tallest first and of those the widest
 _TILES = ((128, 256, 4), (128, 128, 6), (128, 64, 8), (64, 256, 5), (64, 128, 8), (64, 64, 12))
+# the same of blocks of b + b/4 rows
+_TALL_TILES = ((160, 256, 4), (160, 128, 6), (80, 256, 5), (80, 128, 8))
 # those worth timing where rows spread over the experts: narrow ones read x more often, which pays where few
 # experts would leave units idle
 _EVEN = ((128, 256), (128, 128), (64, 256))
@@ -65,10 +69,25 @@ def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> I
     least = LEAST_MEAN if cfg.quant is None else LEAST_INT4_MEAN
     tiles = [t for t in every_tile(cfg, facts) if mean >= max(least, t.bm / 4)]
     if cfg.quant is None:
-        tiles = [t for t in tiles if (t.bm, t.bn) in _EVEN]
-    # the tallest blocks of which an expert fills half
-    for tile in sorted(tiles, key=lambda t: (t.bm > 2 * mean, -t.bm)):
+        tiles = [t for t in tiles if _worth_timing(t, mean)]
+    # blocks that hold nearly every expert's rows where no lower ones do; the tallest of which an expert fills
+    # half
+    for tile in sorted(tiles, key=lambda t: (not _holds(t, mean), t.bm > 2 * mean, -t.bm)):
         yield Choice(strategy, tile, tile, facts.dependent_launch)
+
+
+def _worth_timing(tile: Tile, mean: float) -> bool:
+    if tile.bm in BLOCKS:
+        return mean >= tile.bm / 2
+    return (tile.bm, tile.bn) in _EVEN
+
+
+def _holds(tile: Tile, mean: float) -> bool:
+    """Whether a tall block holds the rows of nearly every expert, the mean and two standard deviations of
+    even routing, and the first part of it does not."""
+    if tile.bm not in BLOCKS:
+        return False
+    return first_part(tile.bm) < mean + 2.0 * math.sqrt(mean) <= tile.bm
 
 
 def tall_pairs(
@@ -76,6 +95,7 @@ def tall_pairs(
 ) -> list[tuple[Tile, Tile]]:
     """Tiles for `tokens` tokens on the same experts, of blocks of 64 rows up to `most`, the tallest first."""
     tall = [tile for tile in every_tile(cfg, facts) if 64 <= tile.bm <= most]
+    tall = [tile for tile in tall if tile.bm not in BLOCKS]
     if cfg.quant is not None:
         return [(tile, tile) for tile in sorted(tall, key=lambda tile: -tile.bm)]
     pairs = []
@@ -108,7 +128,10 @@ def _least_copied(
 def default(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Choice | None:
     """The choice made without measurement; None where other kernels are as good."""
     least = DEFAULT_MEAN if cfg.quant is None else DEFAULT_INT4_MEAN
-    return next(choices(cfg, facts, strategy, mean), None) if mean >= least else None
+    if mean < least:
+        return None
+    found = choices(cfg, facts, strategy, mean)
+    return next((c for c in found if c.gate_up and c.gate_up.bm not in BLOCKS), None)
 
 
 def every_tile(cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:
@@ -120,7 +143,7 @@ def every_tile(cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:
 
 def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
     if cfg.quant is None:
-        for bm, bn, stages in _TILES:
+        for bm, bn, stages in (*_TILES, *_TALL_TILES):
             yield Tile(bm, bn, STEP, MULTIPLY_WARPS, stages, "specialised")
         return
     for bm, bk, warps, stages in _INT4_TILES:
@@ -142,7 +165,10 @@ def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
     # a stage is given back once the next one is there
     known &= tile.num_stages >= 2
     if cfg.quant is None:
-        known &= tile.bm in (64, 128) and tile.bn in (64, 128, 256)
+        if tile.bm in BLOCKS:
+            known &= tile.bn in (128, 256)
+        else:
+            known &= tile.bm in (64, 128) and tile.bn in (64, 128, 256)
         known &= tile.num_warps == MULTIPLY_WARPS
         known &= tile.bk == STEP
     else:
@@ -157,6 +183,8 @@ def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
         else:
             shape = specialised_int4_shape(cfg, facts, tile, up=up)
         if shape.shared_bytes > facts.shared_memory:
+            return False
+        if isinstance(shape, TallShape) and shape.sums > MOST_SUMS:
             return False
     return True
 
@@ -177,7 +205,8 @@ def specialised_shape(
         strides: of the weights between experts and rows, in elements.
     """
     reduction, columns = stream_tiles.gemm_sizes(cfg, up)
-    return SpecialisedShape(
+    kind = TallShape if tile.bm in BLOCKS else SpecialisedShape
+    return kind(
         reduction=reduction,
         columns=columns,
         paired=up and cfg.gated,

@@ -92,7 +92,9 @@ class TritonBackend(Backend):
         if choice.strategy == "none":
             return (h, y) if choice.down.kernel == "gathered" else (h,)
         sizes = (cfg.num_experts, cfg.top_k, choice.gate_up.bm, choice.crowded_bm)
-        sort = sort_fields(choice.strategy, tokens, *sizes)
+        # what runs in its place on the same arrays may have lower blocks
+        least = triton_tiles.portable_rows(choice.gate_up.bm)
+        sort = sort_fields(choice.strategy, tokens, *sizes, least)
         return (*(Field(*f) for f in sort), h, y)
 
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:

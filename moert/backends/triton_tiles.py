@@ -108,8 +108,13 @@ def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choi
         return choice
     if choice.strategy == "none":
         return replace(direct_choice(cfg, facts), dependent=choice.dependent)
-    tile = careful_tile(choice.gate_up.bm, cfg, facts)
+    tile = careful_tile(portable_rows(choice.gate_up.bm), cfg, facts)
     return replace(choice, gate_up=tile, down=tile, crowded=None)
+
+
+def portable_rows(bm: int) -> int:
+    """BM of portable kernels in place of blocks of BM rows: a power of two."""
+    return 1 << (bm.bit_length() - 1)
 
 
 def _default_tiles(bm: int, cfg: MoEConfig, facts: DeviceFacts) -> list[Tile]:

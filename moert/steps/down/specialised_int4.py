@@ -10,11 +10,9 @@ from moert.steps.specialised.int4_pipeline import (
     copy_int4_tiles,
     make_int4_ring,
     multiply_int4_tile,
-    output_slots,
-    packed_beyond,
-    store_results,
 )
 from moert.steps.specialised.pipeline import block_and_tile
+from moert.steps.specialised.transposed import output_slots, packed_beyond, store_results
 
 
 @gluon.jit
@@ -36,10 +34,10 @@ def _one_tile(
     sorted_token_ids, sorted_expert_ids, _ = rows
     L: gl.constexpr = S.mma(N)
     if S.spare:
-        packed = output_slots(sorted_token_ids, block, N, S)
+        packed = output_slots(sorted_token_ids, block * S.bm, N, S)
     acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
     if not S.spare:
-        packed = output_slots(sorted_token_ids, block, N, S)
+        packed = output_slots(sorted_token_ids, block * S.bm, N, S)
     first = (tile * 2 + PARTITION) * S.width
     if b2_ptr is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
@@ -65,12 +63,16 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
-    beyond_half, beyond_quarter = packed_beyond(sorted_token_ids, gl.program_id(0), blocks, S)
+    beyond_half, beyond_quarter = packed_beyond(
+        sorted_token_ids, gl.program_id(0), blocks, S.half, S.quarter, S
+    )
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
         if S.spare:
             # of the next tile, there when this one is done
-            next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+            next_half, next_quarter = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            )
         if (beyond_half >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
@@ -88,7 +90,9 @@ def _multiply(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.quarter, S
             )  # fmt: skip
         if not S.spare:
-            next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+            next_half, next_quarter = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            )
         beyond_half, beyond_quarter = next_half, next_quarter
 
 

@@ -12,11 +12,9 @@ from moert.steps.specialised.int4_pipeline import (
     copy_int4_tiles,
     make_int4_ring,
     multiply_int4_tile,
-    output_slots,
-    packed_beyond,
-    store_results,
 )
 from moert.steps.specialised.pipeline import block_and_tile
+from moert.steps.specialised.transposed import output_slots, packed_beyond, store_results
 
 
 @gluon.jit
@@ -39,10 +37,10 @@ def _one_tile(
     """One tile of the first N rows of a block; returns the count of steps so far."""
     sorted_token_ids, sorted_expert_ids, _ = rows
     if S.spare:
-        packed = output_slots(sorted_token_ids, block, N, S)
+        packed = output_slots(sorted_token_ids, block * S.bm, N, S)
     acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
     if not S.spare:
-        packed = output_slots(sorted_token_ids, block, N, S)
+        packed = output_slots(sorted_token_ids, block * S.bm, N, S)
     if S.paired:
         halves = gl.reshape(acc, (S.row_tiles, 2, 8, N))
         gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
@@ -78,12 +76,16 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
-    beyond_half, beyond_quarter = packed_beyond(sorted_token_ids, gl.program_id(0), blocks, S)
+    beyond_half, beyond_quarter = packed_beyond(
+        sorted_token_ids, gl.program_id(0), blocks, S.half, S.quarter, S
+    )
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
         if S.spare:
             # of the next tile, there when this one is done
-            next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+            next_half, next_quarter = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            )
         if (beyond_half >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
@@ -105,7 +107,9 @@ def _multiply(
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.quarter, S,
             )  # fmt: skip
         if not S.spare:
-            next_half, next_quarter = packed_beyond(sorted_token_ids, t + S.programs, blocks, S)
+            next_half, next_quarter = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            )
         beyond_half, beyond_quarter = next_half, next_quarter
 
 

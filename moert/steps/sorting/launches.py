@@ -97,20 +97,22 @@ def sort_fields(
     top_k: int,
     block_m: int,
     crowded_block_m: int = 0,
+    least_block_m: int = 0,
 ) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
     """Name, shape and dtype of the buffers that a sort of up to `tokens` rows writes.
 
     Args:
         crowded_block_m: larger than `block_m`, or 0; see `moert.steps.sorting.block_size`.
+        least_block_m: of another sort that writes the same buffers, or 0.
     """
     if strategy == "none":
         return ()
-    blocks = (block_m, crowded_block_m or block_m)
+    blocks = [block for block in (block_m, crowded_block_m, least_block_m) if block]
     rows = max(padded_rows(tokens, top_k, num_experts, block) for block in blocks)
     fields: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = (
         ("sorted_token_ids", (rows,), torch.int32),
         ("sorted_weights", (rows,), torch.float32),
-        ("sorted_expert_ids", (max_blocks(tokens, top_k, num_experts, block_m),), torch.int32),
+        ("sorted_expert_ids", (max_blocks(tokens, top_k, num_experts, min(blocks)),), torch.int32),
         ("num_valid_ids", (2,), torch.int32),
     )
     if crowded_block_m:

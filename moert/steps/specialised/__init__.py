@@ -11,6 +11,14 @@ one expert, which read the same weights, go through the tiles side by side.
 rows each, or half of the columns each where BM is 64; up to 128 fp32 accumulators a thread. Each waits for
 copies and gives places back by itself, so that one may multiply while the other stores its results.
 
+16-bit weights, blocks of b + b/4 rows (80, 160): where experts have 64 or 128 rows on average, about half of
+them have a few more, and blocks of so many would go through the weights twice for these. out^T = w x^T, both
+out of shared memory; two partitions have half of the weight rows each. Rows of x are the columns of the
+instruction, and tensors are of powers of two, so that a step is two products of the same weights, of b and of
+b/4 columns, which may be under way together; 160 fp32 accumulators a thread at most. A tile is compiled three
+times, for blocks that need both products, the first, and half its columns. Gate and up rows alternate in
+groups of 8, so that a thread has both of a column.
+
 int4 weights: out^T = w x^T. Codes go from shared memory through a shift, an AND-OR, a subtraction of the zero
 point and a multiplication by the scale into the registers that `wgmma` takes its first operand from; two
 partitions of warps have half of the weight rows each, and widen a step while the matrix unit works on

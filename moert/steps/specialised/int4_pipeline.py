@@ -18,6 +18,7 @@ from moert.steps.specialised.pipeline import (
     give_back,
     packed_rows,
 )
+from moert.steps.specialised.transposed import piece
 
 
 @gluon.jit
@@ -112,13 +113,6 @@ def _copy_tile(
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         it += 1
     return it
-
-
-@gluon.jit
-def piece(t, blocks, S: gl.constexpr):
-    """`block_and_tile`, of the last piece for those behind it, so that what is loaded ahead is there."""
-    blocks = gl.maximum(blocks, 1)
-    return block_and_tile(gl.minimum(t, blocks * S.tiles - 1), blocks, S)
 
 
 @gluon.jit
@@ -305,28 +299,3 @@ def multiply_int4_tile(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl
     else:
         acc, it = _multiply_single(ring, it, acc, PARTITION, N, S)
     return acc, it
-
-
-@gluon.jit
-def packed_beyond(sorted_token_ids, t, blocks, S: gl.constexpr):
-    """Packed slots of piece t's block: row S.half, the first that S.half columns have no place for, and
-    row S.quarter. Padding, of slot K, comes last."""
-    block, _ = piece(t, blocks, S)
-    first = sorted_token_ids + block * S.bm
-    return gl.load(first + S.half), gl.load(first + S.quarter)
-
-
-@gluon.jit
-def output_slots(sorted_token_ids, block, N: gl.constexpr, S: gl.constexpr):
-    """Packed slots [N] of a block, as they are needed to store results."""
-    return gl.load(sorted_token_ids + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, S.out)))
-
-
-@gluon.jit
-def store_results(results, first, packed, out_ptr, K: gl.constexpr, S: gl.constexpr):
-    """Store results [width, N], output columns from `first` on, to the rows of the packed slots [N]."""
-    values = gl.convert_layout(results.to(out_ptr.dtype.element_ty), S.out)
-    n = gl.expand_dims(first + gl.arange(0, S.width, gl.SliceLayout(1, S.out)), 1)
-    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
-    mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
-    gl.store(gl.expand_dims(out_ptr + row * S.columns, 0) + n, values, mask=mask)

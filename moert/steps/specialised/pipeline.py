@@ -21,8 +21,13 @@ COLUMNS = gl.constexpr(STEP)
 
 @gluon.jit
 def make_ring(DTYPE: gl.constexpr, S: gl.constexpr):
-    """Stages of rows and weights in shared memory, and the barriers that say which are full, which empty."""
-    xs = gl.allocate_shared_memory(DTYPE, [S.stages, S.bm, COLUMNS], S.swizzled)
+    """Stages of rows and weights in shared memory, and the barriers that say which are full, which empty.
+
+    Returns:
+        The rows [stages, first, STEP], where S.second those [stages, second, STEP], the weights
+        [stages, bn, STEP], full and empty.
+    """
+    xs = gl.allocate_shared_memory(DTYPE, [S.stages, S.first, COLUMNS], S.swizzled)
     ws = gl.allocate_shared_memory(DTYPE, [S.stages, S.bn, COLUMNS], S.swizzled)
     full = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
@@ -31,7 +36,11 @@ def make_ring(DTYPE: gl.constexpr, S: gl.constexpr):
         # every copying thread says when its copies are done, every multiplying one when its products are
         mbarrier.init(full.index(i), count=COPY_THREADS)
         mbarrier.init(empty.index(i), count=MULTIPLY_THREADS)
-    return xs, ws, full, empty
+    ring = (xs, ws, full, empty)
+    if S.second:
+        more = gl.allocate_shared_memory(DTYPE, [S.stages, S.second, COLUMNS], S.swizzled)
+        ring = (xs, more, ws, full, empty)  # type: ignore[assignment]
+    return ring
 
 
 @gluon.jit
@@ -45,20 +54,29 @@ def block_and_tile(t, blocks, S: gl.constexpr):
 
 @gluon.jit
 def input_rows(
-    sorted_token_ids, block, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr, S: gl.constexpr
+    sorted_token_ids,
+    first,
+    stride,
+    ROWS: gl.constexpr,
+    BY_TOKEN: gl.constexpr,
+    K: gl.constexpr,
+    S: gl.constexpr,
 ):
-    """Offsets [bm] of a block's rows of inputs, `stride` elements apart, and whether they are read.
+    """Offsets [ROWS, STEP] of rows of inputs, `stride` elements apart, and whether they are read [ROWS, 1].
 
     Args:
+        first: of the sorted slots.
         BY_TOKEN: a row for each token, else one for each slot of a token.
     """
-    slots = block * S.bm + gl.arange(0, S.bm, gl.SliceLayout(1, S.copies))
-    return packed_rows(gl.load(sorted_token_ids + slots), stride, BY_TOKEN, K)
+    slots = first + gl.arange(0, ROWS, gl.SliceLayout(1, S.copies))
+    rows, live = packed_rows(gl.load(sorted_token_ids + slots), stride, BY_TOKEN, K)
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, S.copies))
+    return gl.expand_dims(rows, 1) + gl.expand_dims(k, 0), gl.expand_dims(live, 1)
 
 
 @gluon.jit
 def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr):
-    """`input_rows` of packed slots."""
+    """Offsets of the rows of inputs of packed slots, and whether they are read."""
     live = (packed >> 24) < K  # padding slots carry K
     row = packed & 0xFFFFFF
     if not BY_TOKEN:
@@ -67,18 +85,19 @@ def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def _copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile, S: gl.constexpr):
+def _copy_tile(ring, it, x_ptr, x, w_ptr, expert, tile, S: gl.constexpr):
     """Copy all steps of one tile into the ring, as places become empty; returns the count of steps so far.
 
     Args:
         it: steps copied before.
-        x_rows, live: [bm] offsets of the rows of inputs, and whether they are read (S.copies rows).
+        x: of each of the ring's places for rows, what `input_rows` says.
     """
+    ws, full, empty = ring[-3], ring[-2], ring[-1]
     L: gl.constexpr = S.copies
     j = gl.arange(0, S.bn, gl.SliceLayout(1, L))
     if S.paired:
-        n = tile * S.width + (j // (2 * S.part_width)) * S.part_width + j % S.part_width
-        up = (j // S.part_width) % 2
+        n = tile * S.width + (j // (2 * S.group)) * S.group + j % S.group
+        up = (j // S.group) % 2
         row = 2 * n + up if S.interleaved else n + up * S.columns
     else:
         n = tile * S.width + j
@@ -88,7 +107,7 @@ def _copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile
     # 32 bits within an expert: half the registers of pointers
     w = gl.expand_dims(gl.where(inside, row, 0) * S.w_n, 1) + gl.expand_dims(k, 0)
     w_ptr += expert * S.w_e
-    x = gl.expand_dims(x_rows, 1) + gl.expand_dims(k, 0)
+    PARTS: gl.constexpr = len(x)
     for step in range(S.steps):
         slot = it % S.stages
         mbarrier.wait(empty.index(slot), ((it // S.stages) & 1) ^ 1)
@@ -96,9 +115,11 @@ def _copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile
         async_copy.async_copy_global_to_shared(
             ws.index(slot), w_ptr + step * COLUMNS + w, gl.expand_dims(inside, 1) & in_k
         )
-        async_copy.async_copy_global_to_shared(
-            xs.index(slot), x_ptr + step * COLUMNS + x, gl.expand_dims(live, 1) & in_k
-        )
+        for part in gl.static_range(PARTS):
+            rows, live = x[part]
+            async_copy.async_copy_global_to_shared(
+                ring[part].index(slot), x_ptr + step * COLUMNS + rows, live & in_k
+            )
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         it += 1
     return it
@@ -121,14 +142,18 @@ def copy_tiles(
         ring: of `make_ring`; rows: sorted_token_ids, sorted_expert_ids and the number of live blocks.
         x_stride, BY_TOKEN: as for `input_rows`.
     """
-    xs, ws, full, empty = ring
     sorted_token_ids, sorted_expert_ids, blocks = rows
     it = 0
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        x_rows, live = input_rows(sorted_token_ids, block, x_stride, BY_TOKEN, K, S)
-        it = _copy_tile(xs, ws, full, empty, it, x_ptr, x_rows, live, w_ptr, expert, tile, S)
+        start = block * S.bm
+        x = (input_rows(sorted_token_ids, start, x_stride, S.first, BY_TOKEN, K, S),)
+        if S.second:
+            start += S.first
+            more = input_rows(sorted_token_ids, start, x_stride, S.second, BY_TOKEN, K, S)
+            x = (x[0], more)  # type: ignore[assignment]
+        it = _copy_tile(ring, it, x_ptr, x, w_ptr, expert, tile, S)
 
 
 @gluon.jit

@@ -74,6 +74,21 @@ class SpecialisedShape:
         return self.bm == 128
 
     @property
+    def first(self) -> int:
+        """Rows of a block that lie in the ring's first places for rows: here all."""
+        return self.bm
+
+    @property
+    def second(self) -> int:
+        """Rows that lie in the second ones."""
+        return self.bm - self.first
+
+    @property
+    def group(self) -> int:
+        """Where paired, gate rows that lie before as many up rows: a partition's."""
+        return self.part_width
+
+    @property
     def part_rows(self) -> int:
         """Rows that a partition multiplies."""
         return 64
@@ -85,7 +100,7 @@ class SpecialisedShape:
 
     @property
     def part_width(self) -> int:
-        """Output columns of a partition; where paired, its gate rows, which lie before as many up rows."""
+        """Output columns of a partition."""
         return self.part_columns // 2 if self.paired else self.part_columns
 
     @property

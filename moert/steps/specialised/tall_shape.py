@@ -1,0 +1,75 @@
+"""What a warp-specialised kernel of blocks of b + b/4 rows is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+
+from moert.steps.specialised.shape import MULTIPLY_WARPS, STEP, SpecialisedShape
+
+FIRST = (64, 128)
+SECOND = (16, 32, 64)
+MOST_SUMS = 160  # fp32 accumulators of a thread
+# all but 64 + 64 rows, which one product takes
+BLOCKS = frozenset(first + second for first in FIRST for second in SECOND) - frozenset(FIRST)
+
+
+def first_part(bm: int) -> int:
+    """Rows of the first product of a block of BM, one of BLOCKS."""
+    return max(size for size in FIRST if size < bm)
+
+
+@dataclass(frozen=True)
+class TallShape(SpecialisedShape):
+    """Blocks of `first` + `second` rows, which are two products out^T = w x^T: each is of a power of two.
+
+    The partitions share the tile's rows of weights, of which gate and up alternate in groups of 8, so that a
+    thread has both of an output column.
+    """
+
+    @property
+    def first(self) -> int:
+        return first_part(self.bm)
+
+    @property
+    def half(self) -> int:
+        """Columns of the first product where a block has rows for no more."""
+        return self.first // 2
+
+    @property
+    def by_rows(self) -> bool:
+        return False
+
+    @property
+    def group(self) -> int:
+        return 8
+
+    @property
+    def sums(self) -> int:
+        """Accumulators of a thread."""
+        return self.part_columns * self.bm // (32 * MULTIPLY_WARPS)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory: the ring, its barriers, and what results pass through on their way out."""
+        return self.stages * ((self.bm + self.bn) * STEP * 2 + 16) + 4096 + 1024
+
+    @property
+    def registers(self) -> list[int]:
+        return [200, 104] if self.sums > 128 else [168, 168]
+
+    @property
+    def stored(self) -> int:
+        """Slots that are stored at a time."""
+        return 32
+
+    def accumulators(self, n: int) -> Any:
+        """[part_columns, n] of a partition."""
+        return gl.NVMMADistributedLayout([3, 0], [MULTIPLY_WARPS, 1], [16, n, 16])
+
+    @property
+    def out(self) -> Any:
+        """[columns, n] to be stored, 16 bytes of a row a lane."""
+        return gl.BlockedLayout([8, 1], [8, 4], [1, MULTIPLY_WARPS], [0, 1])

@@ -1,0 +1,46 @@
+"""What kernels that make out^T = w x^T share: how many rows a block has, and how results are stored.
+
+A block's rows are columns of the instruction there, and a tile is compiled for a few counts of them: columns
+that no row would use are not multiplied.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from moert.steps.specialised.pipeline import block_and_tile
+
+
+@gluon.jit
+def piece(t, blocks, S: gl.constexpr):
+    """`block_and_tile`, of the last piece for those behind it, so that what is loaded ahead is there."""
+    blocks = gl.maximum(blocks, 1)
+    return block_and_tile(gl.minimum(t, blocks * S.tiles - 1), blocks, S)
+
+
+@gluon.jit
+def packed_beyond(
+    sorted_token_ids, t, blocks, MANY: gl.constexpr, FEW: gl.constexpr, S: gl.constexpr
+):
+    """Packed slots of rows MANY and FEW of piece t's block, the first that as many columns have no place for.
+    Padding, of slot K, comes last."""
+    block, _ = piece(t, blocks, S)
+    first = sorted_token_ids + block * S.bm
+    return gl.load(first + MANY), gl.load(first + FEW)
+
+
+@gluon.jit
+def output_slots(sorted_token_ids, first, N: gl.constexpr, S: gl.constexpr):
+    """Packed slots [N] from one on, as they are needed to store results."""
+    return gl.load(sorted_token_ids + first + gl.arange(0, N, gl.SliceLayout(0, S.out)))
+
+
+@gluon.jit
+def store_results(results, first, packed, out_ptr, K: gl.constexpr, S: gl.constexpr):
+    """Store results [columns, N], output columns from `first` on, to the rows of the packed slots [N]."""
+    values = gl.convert_layout(results.to(out_ptr.dtype.element_ty), S.out)
+    n = gl.expand_dims(first + gl.arange(0, results.shape[0], gl.SliceLayout(1, S.out)), 1)
+    row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
+    mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
+    gl.store(gl.expand_dims(out_ptr + row * S.columns, 0) + n, values, mask=mask)
