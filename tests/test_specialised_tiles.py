@@ -100,7 +100,7 @@ def test_every_tile_fits(name: str) -> None:
                 width, steps = shape.width, shape.steps
                 assert width * (1 + shape.paired) == tile.bn
                 # every part of a block is a whole instruction, and a partition's rows of weights too
-                assert shape.first in (64, 128) and shape.second in (0, 16, 32, 64)
+                assert shape.first in (64, 128) and shape.second in (0, 32)
                 assert shape.first + shape.second == tile.bm
                 assert isinstance(shape, TallShape) == (shape.second > 0)
                 assert isinstance(shape, TallShape) or shape.part_rows % 64 == 0
@@ -164,18 +164,17 @@ def test_blocks_that_experts_fill_come_first() -> None:
 
 
 def test_tall_blocks() -> None:
-    """First where they hold nearly every expert's rows and one part of them does not; never by default."""
-    for mean, blocks in ((32, {64, 128}), (64, {64, 80, 128}), (128, {64, 80, 128, 160})):
+    """First, and the default, where they hold nearly every expert's rows and their first part does not."""
+    for mean, blocks in ((32, {64, 128}), (64, {64, 128}), (128, {64, 128, 160})):
         found = [c.gate_up for c in choices(PLAIN, H200, "one_shot", mean) if c.gate_up]
         assert {tile.bm for tile in found} == blocks
-        assert found[0].bm == {32: 64, 64: 80, 128: 160}[mean]
         chosen = default(PLAIN, H200, "one_shot", mean)
-        assert chosen is not None and chosen.gate_up is not None
-        assert chosen.gate_up.bm in (64, 128)
+        assert chosen is not None and chosen.gate_up == found[0]
+        assert found[0].bm == {32: 64, 64: 128, 128: 160}[mean]
     assert {pair[0].bm for pair in tall_pairs(PLAIN, H200, 512, 128)} == {64, 128}
-    assert not {tile.bm for tile in tiles(INT4)} & {80, 160}
+    assert 160 not in {tile.bm for tile in tiles(INT4)}
     backend = TritonBackend(PLAIN, absent_weights(PLAIN), H200)
-    for bm, bn, fits in ((96, 256, True), (144, 256, True), (192, 128, True), (192, 256, False)):
+    for bm, bn, fits in ((160, 256, True), (160, 128, True), (160, 64, False), (80, 256, False)):
         tile = Tile(bm, bn, 64, 4, 3, "specialised")
         assert backend.can_run(Choice("one_shot", tile, tile), 64) == fits
 
@@ -224,7 +223,7 @@ def test_unaligned_calls_are_portable_on_the_same_arena() -> None:
             unaligned = backend.unaligned(choice)
             assert unaligned.gate_up is not None and unaligned.gate_up.kernel == "tile"
             # blocks of tall tiles are of no power of two
-            assert unaligned.gate_up.bm == {80: 64, 160: 128}.get(tile.bm, tile.bm)
+            assert unaligned.gate_up.bm == {160: 128}.get(tile.bm, tile.bm)
             fields = {field.name: field for field in backend.fields(4096, choice)}
             needed = backend.fields(4096, unaligned)
             assert [field.name for field in needed] == list(fields)

@@ -125,13 +125,17 @@ def test_direct_plans_are_for_few_rows() -> None:
 
 
 def test_block_rows_follow_the_mean_rows_of_an_expert() -> None:
-    """From 16 on they hold the rows of nearly every expert: of 64 rows where 32 are the mean."""
+    """From 16 on they hold the rows of nearly every expert: of 64 rows where 32 are the mean, of 160 where 128
+    are, if the device has such kernels."""
     cfg = MoEConfig(8, 2, 4096, 4096)
     for arch, least in (("gfx942", 1), ("sm_90", 8)):
         facts = KNOWN_DEVICES[arch]
         rows = [default_choice(cfg, facts, tokens).gate_up.bm for tokens in TOKENS]  # type: ignore[union-attr]
-        assert rows == sorted(rows)
+        whole = [min(bm, 128) for bm in rows]
+        assert whole == sorted(whole)
         assert rows[0] == least and rows[-1] == 128
+        tall = [t for t, bm in zip(TOKENS, rows, strict=True) if bm == 160]
+        assert tall == ([512] if arch == "sm_90" else [])
         assert default_choice(cfg, facts, 128).gate_up.bm == 64  # type: ignore[union-attr]
 
 

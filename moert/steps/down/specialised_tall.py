@@ -1,4 +1,4 @@
-"""Down GEMM of blocks of b + b/4 rows with warps that copy and warps that multiply
+"""Down GEMM of tall blocks, 128 + 32 rows, with warps that copy and warps that multiply
 (`moert/steps/specialised`)."""
 
 from __future__ import annotations

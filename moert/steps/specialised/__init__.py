@@ -11,13 +11,14 @@ one expert, which read the same weights, go through the tiles side by side.
 rows each, or half of the columns each where BM is 64; up to 128 fp32 accumulators a thread. Each waits for
 copies and gives places back by itself, so that one may multiply while the other stores its results.
 
-16-bit weights, blocks of b + b/4 rows (80, 160): where experts have 64 or 128 rows on average, about half of
-them have a few more, and blocks of so many would go through the weights twice for these. out^T = w x^T, both
-out of shared memory; two partitions have half of the weight rows each. Rows of x are the columns of the
-instruction, and tensors are of powers of two, so that a step is two products of the same weights, of b and of
-b/4 columns, which may be under way together; 160 fp32 accumulators a thread at most. A tile is compiled three
-times, for blocks that need both products, the first, and half its columns. Gate and up rows alternate in
-groups of 8, so that a thread has both of a column.
+16-bit weights, tall blocks of 160 rows: where experts have 128 rows on average, about half of them have a
+few more, and blocks of 128 would go through the weights twice for these. out^T = w x^T, both out of shared
+memory; two partitions have half of the weight rows each. Rows of x are the columns of the instruction, and
+tensors are of powers of two, so that a step is two products of the same weights, of 128 and of 32 columns,
+which may be under way together; 160 fp32 accumulators a thread at most. A tile is compiled three times, for
+blocks that need both products, the first, and half its columns. Gate and up rows alternate in groups of 8, so
+that a thread has both of a column. Blocks of 80 rows, 64 and 16, were level at best (E=8 K=2 H=4096 I=14336,
+T=256: 741 us for 732 of blocks of 128).
 
 int4 weights: out^T = w x^T. Codes go from shared memory through a shift, an AND-OR, a subtraction of the zero
 point and a multiplication by the scale into the registers that `wgmma` takes its first operand from; two
@@ -35,7 +36,7 @@ what whole layers take is in README.md.
     int4       128, 8, 2048, 768       512           180     211
     int4       256, 8, 7168, 256       512           340     382
     bfloat16   8, 2, 4096, 14336       256           701     752
-    bfloat16   8, 2, 4096, 14336       512           961    1176
+    bfloat16   8, 2, 4096, 14336       512           875    1176
     bfloat16   8, 2, 4096, 14336      4096          4826    5518
 
 Below about 24 rows an expert (int4; 16 to 32 in 16 bits) others are ahead: E=128 K=8 H=2048 I=768 in int4 at

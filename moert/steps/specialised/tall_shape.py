@@ -1,4 +1,4 @@
-"""What a warp-specialised kernel of blocks of b + b/4 rows is compiled for."""
+"""What a warp-specialised kernel of tall blocks is compiled for."""
 
 from __future__ import annotations
 
@@ -9,21 +9,13 @@ from triton.experimental.gluon import language as gl
 
 from moert.steps.specialised.shape import MULTIPLY_WARPS, STEP, SpecialisedShape
 
-FIRST = (64, 128)
-SECOND = (16, 32, 64)
-MOST_SUMS = 160  # fp32 accumulators of a thread
-# all but 64 + 64 rows, which one product takes
-BLOCKS = frozenset(first + second for first in FIRST for second in SECOND) - frozenset(FIRST)
-
-
-def first_part(bm: int) -> int:
-    """Rows of the first product of a block of BM, one of BLOCKS."""
-    return max(size for size in FIRST if size < bm)
+FIRST, SECOND = 128, 32  # rows of the first product of a block, and of the second
+TALL = FIRST + SECOND  # BM
 
 
 @dataclass(frozen=True)
 class TallShape(SpecialisedShape):
-    """Blocks of `first` + `second` rows, which are two products out^T = w x^T: each is of a power of two.
+    """Blocks of 128 + 32 rows, which are two products out^T = w x^T: each is of a power of two.
 
     The partitions share the tile's rows of weights, of which gate and up alternate in groups of 8, so that a
     thread has both of an output column.
@@ -31,7 +23,7 @@ class TallShape(SpecialisedShape):
 
     @property
     def first(self) -> int:
-        return first_part(self.bm)
+        return FIRST
 
     @property
     def half(self) -> int:
