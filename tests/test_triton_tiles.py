@@ -125,8 +125,8 @@ def test_direct_plans_are_for_few_rows() -> None:
 
 
 def test_block_rows_follow_the_mean_rows_of_an_expert() -> None:
-    """From 16 on they hold the rows of nearly every expert: of 64 rows where 32 are the mean, of 160 where 128
-    are, if the device has such kernels."""
+    """From 16 on they hold the rows of nearly every expert: of 64 rows where 32 are the mean; on sm_90 of 160
+    where 128 are."""
     cfg = MoEConfig(8, 2, 4096, 4096)
     for arch, least in (("gfx942", 1), ("sm_90", 8)):
         facts = KNOWN_DEVICES[arch]

@@ -71,9 +71,10 @@ def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> I
     tiles = [t for t in every_tile(cfg, facts) if mean >= max(least, t.bm / 4)]
     if cfg.quant is None:
         tiles = [t for t in tiles if _worth_timing(t, mean)]
-    # blocks that hold nearly every expert's rows where no lower ones do; the tallest of which an expert fills
-    # half
-    for tile in sorted(tiles, key=lambda t: (not _holds(t, mean), t.bm > 2 * mean, -t.bm)):
+    # tall blocks first or last: where they hold nearly every expert's rows, or do not; of the others the
+    # tallest of which an expert fills half
+    tiles.sort(key=lambda t: (not _holds(t, mean), t.bm == TALL, t.bm > 2 * mean, -t.bm))
+    for tile in tiles:
         yield Choice(strategy, tile, tile, facts.dependent_launch)
 
 
