@@ -21,6 +21,7 @@ from moert.steps.down.streaming import bias
 from moert.steps.streaming.copies import copy_inputs
 from moert.steps.streaming.products import advance
 from moert.steps.streaming.rows import (
+    block_and_tile,
     gathered_rows,
     input_layout,
     load_rows,
@@ -162,8 +163,7 @@ def down_grouped_stream_kernel(
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
     ring, hs = rings(DTYPE, S), input_ring(DTYPE, S)
     w = (w2_ptr, scales_ptr, zeros_ptr)
-    tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
-    block = gl.program_id(0) // S.tiles
+    block, tile = block_and_tile(S)
     # loaded together; past the last block there is anything, which nobody uses
     blocks = gl.load(num_valid_ids) // S.bm
     expert = gl.load(sorted_expert_ids + block)

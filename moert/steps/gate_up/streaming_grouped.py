@@ -20,6 +20,7 @@ from moert.steps.gate_up.streaming import intermediate
 from moert.steps.streaming.copies import copy_inputs
 from moert.steps.streaming.products import advance
 from moert.steps.streaming.rows import (
+    block_and_tile,
     gathered_rows,
     input_layout,
     load_rows,
@@ -163,8 +164,7 @@ def gate_up_grouped_stream_kernel(
     DTYPE: gl.constexpr = h_ptr.dtype.element_ty
     ring, xs = rings(DTYPE, S), input_ring(DTYPE, S)
     x, w = (x_ptr, x_stride), (w13_ptr, scales_ptr, zeros_ptr)
-    tile = (gl.program_id(0) % S.tiles) * (S.row_tiles * S.repeats)
-    block = gl.program_id(0) // S.tiles
+    block, tile = block_and_tile(S)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     # loaded together; past the last block there is anything, which nobody uses

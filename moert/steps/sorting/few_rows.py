@@ -8,8 +8,9 @@ only to count the rows of each expert and to hand the rows round: 4 barriers on 
 more rows has 20.
 
 On an H200 (E=128, K=8, BM=16; launches in a graph, dependent), in brackets the kernel for more rows: T=1
-0.85 (1.45), T=16 0.95 (1.46), T=32 1.35 (1.54), T=64 1.63 us (1.98); with routing before it 2.3, 2.55, 2.8
-and 3.3. Other shares of rows and warps, two to sixteen of each: level at best.
+0.85 (1.45), T=16 0.95 (1.46), T=32 1.35 (1.54), T=64 1.63 us (1.98); with routing before it 2.30, 2.5, 2.72
+and 3.10. Shares of 4 or 16 rows and as many warps at T=64: 3.41 and 3.31. Rows handed round after the count
+instead of before it: 3.15.
 
 E, EP, the number of no row, and what is written are as `moert.steps.sorting.triton` says.
 """
@@ -98,9 +99,9 @@ def sort_one_shot_few_kernel(
         my_token, my_slot, my_token < num_tokens,
     )  # fmt: skip
     _, key = _load_keys(word, token, ids_words, num_tokens, live, expert_mask_ptr, row, E)
+    less = tl.sum((key[:, None, :] < my_key).to(tl.int32), 0)  # [SHARE, 32], to be summed
     flat = tl.reshape(key, [C], can_reorder=True)
     count = tl.histogram(flat >> _ROW_BITS, EP, mask=flat != _NOBODY)
-    less = tl.sum((key[:, None, :] < my_key).to(tl.int32), 0)  # [SHARE, 32], to be summed
 
     # two sums in one: padding of the experts before in the low bits, above it rows up to this expert's last
     # less the rows before this one: 1 for the last row of an expert

@@ -54,6 +54,14 @@ partition without the tiles it has no rows of (T=1024 and 4096: 4 to 8% more; T=
 64 are faster still); its first product one or two steps after the other's (level); 32 blocks side by side
 instead of 8 (level, E=128 K=4 H=I=2880 4% more).
 
+In rings of five stages and more two steps are copied together, 256 bytes of a row (16 bits, us, before and
+after): E=128 K=8 H=2048 I=768, T=512, blocks of 64: 319 and 311; E=8 K=2 H=4096 I=14336, T=512, blocks of
+64: 1133 and 1078, of 128 by 128 rows of weights: 1092 and 1033; T=256: 802 and 782, 737 and 730. Rings of
+four have too few places: blocks of 128 by 256, 1019 and 1165. Tried and lost: weights of tall blocks through
+registers, read from shared memory once for both products (by 128 rows of weights, T=512 above: 917 for 894;
+T=4096, E=128 K=4 H=I=2880: 2073 for 2069); no copy of the second product's rows where a block has none (931,
+2080).
+
 Steps of int4 weights are of 64 columns or, with half the barriers, of two times 64, the second of which is
 widened with the scales of the first where a group has both. On an H200, short and long steps: E=128 K=8
 H=2048 I=768, T=512, blocks of 64: 182.0 and 175.3; E=8 K=2 H=4096 I=14336, T=64 and 128: 291.9 and 274.5,

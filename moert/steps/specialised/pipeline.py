@@ -85,6 +85,37 @@ def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
+def _copy_steps(ring, it, step, x_ptr, x, w_ptr, w, live, k, COUNT: gl.constexpr, S: gl.constexpr):
+    """Copy COUNT steps of a tile from `step` on, as soon as there is a place for all of them.
+
+    Args:
+        it: steps copied before; x: as for `_copy_tile`.
+        w, live: offsets of the weights [bn, STEP], and whether they are read [bn, 1].
+        k: columns of a step.
+    """
+    ws, full, empty = ring[-3], ring[-2], ring[-1]
+    PARTS: gl.constexpr = len(x)
+    for i in gl.static_range(COUNT):
+        mbarrier.wait(empty.index((it + i) % S.stages), (((it + i) // S.stages) & 1) ^ 1)
+    for i in gl.static_range(COUNT):
+        in_k = gl.expand_dims(k < S.reduction - (step + i) * COLUMNS, 0)
+        async_copy.async_copy_global_to_shared(
+            ws.index((it + i) % S.stages), w_ptr + (step + i) * COLUMNS + w, live & in_k
+        )
+    for i in gl.static_range(COUNT):
+        in_k = gl.expand_dims(k < S.reduction - (step + i) * COLUMNS, 0)
+        for part in gl.static_range(PARTS):
+            rows, read = x[part]
+            async_copy.async_copy_global_to_shared(
+                ring[part].index((it + i) % S.stages),
+                x_ptr + (step + i) * COLUMNS + rows,
+                read & in_k,
+            )
+    for i in gl.static_range(COUNT):
+        async_copy.mbarrier_arrive(full.index((it + i) % S.stages), increment_count=False)
+
+
+@gluon.jit
 def _copy_tile(ring, it, x_ptr, x, w_ptr, expert, tile, S: gl.constexpr):
     """Copy all steps of one tile into the ring, as places become empty; returns the count of steps so far.
 
@@ -92,7 +123,6 @@ def _copy_tile(ring, it, x_ptr, x, w_ptr, expert, tile, S: gl.constexpr):
         it: steps copied before.
         x: of each of the ring's places for rows, what `input_rows` says.
     """
-    ws, full, empty = ring[-3], ring[-2], ring[-1]
     L: gl.constexpr = S.copies
     j = gl.arange(0, S.bn, gl.SliceLayout(1, L))
     if S.paired:
@@ -107,20 +137,14 @@ def _copy_tile(ring, it, x_ptr, x, w_ptr, expert, tile, S: gl.constexpr):
     # 32 bits within an expert: half the registers of pointers
     w = gl.expand_dims(gl.where(inside, row, 0) * S.w_n, 1) + gl.expand_dims(k, 0)
     w_ptr += expert * S.w_e
-    PARTS: gl.constexpr = len(x)
-    for step in range(S.steps):
-        slot = it % S.stages
-        mbarrier.wait(empty.index(slot), ((it // S.stages) & 1) ^ 1)
-        in_k = gl.expand_dims(k < S.reduction - step * COLUMNS, 0)
-        async_copy.async_copy_global_to_shared(
-            ws.index(slot), w_ptr + step * COLUMNS + w, gl.expand_dims(inside, 1) & in_k
-        )
-        for part in gl.static_range(PARTS):
-            rows, live = x[part]
-            async_copy.async_copy_global_to_shared(
-                ring[part].index(slot), x_ptr + step * COLUMNS + rows, live & in_k
-            )
-        async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+    live = gl.expand_dims(inside, 1)
+    GROUPS: gl.constexpr = S.steps // S.abreast
+    for group in range(GROUPS):
+        step = group * S.abreast
+        _copy_steps(ring, it, step, x_ptr, x, w_ptr, w, live, k, S.abreast, S)
+        it += S.abreast
+    if GROUPS * S.abreast < S.steps:
+        _copy_steps(ring, it, S.steps - 1, x_ptr, x, w_ptr, w, live, k, 1, S)
         it += 1
     return it
 

@@ -74,6 +74,12 @@ class SpecialisedShape:
         return self.bm == 128
 
     @property
+    def abreast(self) -> int:
+        """Steps that are copied together: of a row, twice as many bytes at a time are read from memory, but
+        the places for both have to be empty, of which a short ring has too few."""
+        return 2 if self.stages >= 5 else 1
+
+    @property
     def first(self) -> int:
         """Rows of a block that lie in the ring's first places for rows: here all."""
         return self.bm
