@@ -98,6 +98,7 @@ def sampled_specialised() -> list[Variant]:
         replace(ragged, dtype="float16"),
         ungated,
         replace(ungated, quant=Quant("int4", 64)),
+        replace(ragged, quant=Quant("int4", 32)),
         replace(ragged, quant=Quant("int4", -1, symmetric=False)),
         replace(ragged, dtype="float16", quant=Quant("int4", 128, symmetric=False)),
         replace(ragged, quant=Quant("int4", 32, symmetric=False)),

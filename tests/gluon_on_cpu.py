@@ -343,7 +343,7 @@ _STAND_INS: dict[str, Any] = {
     "mma_v2": _product,
     "warpgroup_mma": _product,
     "warpgroup_mma_wait": _done,
-    "_pin_arithmetic": lambda: None,
+    "compute_before_wait": lambda dependent: None,
     "fence_async_shared": lambda: None,
     # launches come one after the other
     "wait_for_predecessor": lambda dependent: None,

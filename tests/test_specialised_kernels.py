@@ -25,11 +25,17 @@ from moert.cli.compile_variants import Variant, compile_variant  # noqa: E402
 pytestmark = pytest.mark.skipif("nvidia" not in triton.backends.backends, reason="no compiler")
 
 
+def is_tall(variant: Variant) -> bool:
+    """Whether a block of rows is two products."""
+    assert variant.gemm_tile is not None
+    return variant.gemm_tile.bm.bit_count() > 1
+
+
 def kind(variant: Variant) -> tuple[object, ...]:
     """The kernel, and what its tile changes of its code: of 16-bit weights, what the partitions share."""
     tile = variant.gemm_tile
     assert tile is not None
-    rows = tile.bm if variant.layer.cfg.quant is None else None
+    rows = tile.bm if variant.layer.cfg.quant is None else is_tall(variant)
     return variant.kernel, tile.num_warps, tile.bk, rows
 
 
@@ -74,14 +80,14 @@ def events(code: str) -> list[str]:
 
 
 def blocks_a_step(variant: Variant) -> int:
-    """Products of a stage of the ring, at most."""
+    """Parts of a stage of the ring."""
     assert variant.gemm_tile is not None
-    return 2 if is_tall(variant) else variant.gemm_tile.bk // 64
+    return variant.gemm_tile.bk // 64
 
 
-def is_tall(variant: Variant) -> bool:
-    """Whether blocks are two products."""
-    return "tall" in variant.kernel
+def products_a_step(variant: Variant) -> int:
+    """Of a stage of the ring, at most."""
+    return blocks_a_step(variant) * (2 if is_tall(variant) else 1)
 
 
 def id_of(variant: Variant) -> str:
@@ -99,7 +105,7 @@ def test_every_product_is_fenced(variant: Variant, compiled: dict[Variant, str])
             assert fenced, "no fence since the stage before"
             fenced -= 1
         if event in ("fence", "wait"):
-            fenced = blocks_a_step(variant) if event == "fence" else 0
+            fenced = products_a_step(variant) if event == "fence" else 0
 
 
 @pytest.mark.parametrize("variant", [v for v in SAMPLES if v.layer.cfg.quant], ids=id_of)

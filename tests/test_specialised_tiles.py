@@ -107,9 +107,15 @@ def test_every_tile_fits(name: str) -> None:
                 assert not isinstance(shape, TallShape) or shape.part_columns % 64 == 0
             else:
                 int4 = specialised_int4_shape(cfg, H200, tile, up=up)
-                shape, width, steps = int4, 2 * int4.width, int4.steps
-                assert int4.quarter <= int4.half <= int4.bm == tile.bm
-                assert min(int4.quarter, int4.bm) >= 16
+                shape, width, steps = int4, int4.width, int4.steps
+                assert width * (1 + int4.paired) == tile.bn
+                # columns of instructions: powers of two from 16 on, the last of which are live in any block
+                assert int4.fewest <= int4.fewer <= int4.first <= int4.bm == tile.bm
+                assert int4.first + int4.second == tile.bm and int4.second in (0, int4.first // 4)
+                counts = (int4.first, int4.second, int4.fewer, int4.fewest)
+                assert all(n == 0 or (n.bit_count() == 1 and n >= 16) for n in counts)
+                # registers of three groups of four warps: the first partition has what the others leave
+                assert int4.warps != 4 or sum(int4.registers) <= 3 * 168 - 168
                 # a partition's row tiles go round its warps, a block's scales are of one or two groups
                 assert int4.row_tiles % int4.warps == 0 and int4.parts in (1, 2)
                 assert int4.parts * int4.group == 64 or int4.group >= 64
@@ -149,7 +155,7 @@ def test_blocks_that_experts_fill_come_first() -> None:
     firsts = {
         mean: next(choices(INT4, H200, "one_shot", mean)).gate_up for mean in (8, 16, 32, 64, 500)
     }
-    assert [tile.bm for tile in firsts.values() if tile] == [32, 32, 64, 128, 128]
+    assert [tile.bm for tile in firsts.values() if tile] == [32, 32, 64, 80, 128]
     for mean in MEANS:
         for cfg in (PLAIN, INT4):
             for choice in choices(cfg, H200, "one_shot", mean):
@@ -160,7 +166,9 @@ def test_blocks_that_experts_fill_come_first() -> None:
     assert not list(choices(INT4, H200, "one_shot", 5.0))
     assert not list(choices(PLAIN, H200, "one_shot", 15.0))
     tallest = {g: max(t.bm for t in tiles(replace(INT4, quant=Quant("int4", g)))) for g in (32, -1)}
-    assert tallest == {32: 64, -1: 128} and max(tile.bm for tile in tiles(INT4)) == 128
+    assert tallest == {32: 160, -1: 160} and max(tile.bm for tile in tiles(INT4)) == 160
+    fine = tiles(replace(INT4, quant=Quant("int4", 32)))
+    assert max(tile.bm for tile in fine if tile.bn == 256) == 80
 
 
 def test_tall_blocks() -> None:
@@ -172,10 +180,24 @@ def test_tall_blocks() -> None:
         assert chosen is not None and chosen.gate_up == found[0]
         assert found[0].bm == {32: 64, 64: 128, 128: 160}[mean]
     assert {pair[0].bm for pair in tall_pairs(PLAIN, H200, 512, 128)} == {64, 128}
-    assert 160 not in {tile.bm for tile in tiles(INT4)}
     backend = TritonBackend(PLAIN, absent_weights(PLAIN), H200)
     for bm, bn, fits in ((160, 256, True), (160, 128, True), (160, 64, False), (80, 256, False)):
         tile = Tile(bm, bn, 64, 4, 3, "specialised")
+        assert backend.can_run(Choice("one_shot", tile, tile), 64) == fits
+
+
+def test_tall_blocks_of_int4() -> None:
+    """First where they hold nearly every expert's rows, elsewhere behind wider tiles, and for crowds none."""
+    firsts = {32: 64, 45: 64, 64: 80, 80: 128, 100: 128, 128: 160, 1000: 128}
+    for mean, first in firsts.items():
+        found = [c.gate_up.bm for c in choices(INT4, H200, "one_shot", mean) if c.gate_up]
+        tall = ({80} if 40 <= mean <= 80 else set()) | ({160} if mean >= 80 else set())
+        assert found[0] == first and {bm for bm in found if bm.bit_count() > 1} == tall
+        assert not tall or found[0] in tall or found[-1] in tall
+    assert {pair[0].bm for pair in tall_pairs(INT4, H200, 512, 160)} == {64, 128}
+    backend = TritonBackend(INT4, absent_weights(INT4), H200)
+    for bm, bn, warps, fits in ((160, 128, 4, True), (160, 128, 8, False), (160, 256, 4, False)):
+        tile = Tile(bm, bn, 128, warps, 3, "specialised")
         assert backend.can_run(Choice("one_shot", tile, tile), 64) == fits
 
 
@@ -223,7 +245,7 @@ def test_unaligned_calls_are_portable_on_the_same_arena() -> None:
             unaligned = backend.unaligned(choice)
             assert unaligned.gate_up is not None and unaligned.gate_up.kernel == "tile"
             # blocks of tall tiles are of no power of two
-            assert unaligned.gate_up.bm == {160: 128}.get(tile.bm, tile.bm)
+            assert unaligned.gate_up.bm == {160: 128, 80: 64}.get(tile.bm, tile.bm)
             fields = {field.name: field for field in backend.fields(4096, choice)}
             needed = backend.fields(4096, unaligned)
             assert [field.name for field in needed] == list(fields)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from moert.backends import specialised_tiles, stream_choices
 from moert.backends.triton_tile_limits import is_rdna
+from moert.backends.triton_tiles import portable_rows
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
@@ -71,7 +72,7 @@ def unaligned_choice(choice: Choice, cfg: MoEConfig, facts: DeviceFacts) -> Choi
     if choice.strategy == "none":
         return replace(direct_choice(cfg, facts), dependent=choice.dependent)
     assert choice.gate_up is not None
-    bm = choice.gate_up.bm
+    bm = portable_rows(choice.gate_up.bm)
     # inputs that may lie anywhere are loaded one by one, and take more registers
     warps = 4 if bm <= 32 and cfg.dtype != "float32" else 8
     up, down = _tiles(cfg, facts, bm, 4, warps, 1 if bm < LEAST_ROWS else 2, most=32)

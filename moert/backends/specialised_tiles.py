@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import torch
 
 from moert.backends import stream_tiles
-from moert.config import MoEConfig
+from moert.config import MoEConfig, Quant
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
 from moert.quantization.int4_layout import columns_per_group
-from moert.steps.specialised.int4_shape import ROW_TILES, SpecialisedInt4Shape
+from moert.steps.specialised.int4_shape import SpecialisedInt4Shape
 from moert.steps.specialised.shape import MULTIPLY_WARPS, STEP, SpecialisedShape
-from moert.steps.specialised.tall_shape import FIRST, TALL, TallShape
-from moert.steps.weight_tiles import ROWS
+from moert.steps.specialised.tall_shape import TALL, TallShape
 from moert.weights import ExpertWeights
 
 # blocks that go through the tiles side by side: T=512, E=8, K=2, H=4096, I=14336 on an H200, blocks of 128
@@ -40,15 +39,20 @@ _TALL_TILES = ((TALL, 256, 4), (TALL, 128, 6))
 # those worth timing where rows spread over the experts: narrow ones read x more often, which pays where few
 # experts would leave units idle
 _EVEN = ((128, 256), (128, 128), (64, 256))
-# BM, BK, warps of each of two multiplying partitions, stages; 128 rows of long steps spill a register or two
+# BM, BN, BK, warps of each of two multiplying partitions, stages; 128 rows and 256 of weights spill a
+# register or two in long steps
 _INT4_TILES = (
-    (32, 128, 4, 6),
-    (32, 64, 8, 6),
-    (64, 128, 4, 4),
-    (64, 64, 4, 6),
-    (128, 64, 4, 6),
-    (128, 64, 4, 4),
+    (32, 256, 128, 4, 6),
+    (32, 256, 64, 8, 6),
+    (64, 256, 128, 4, 4),
+    (64, 256, 64, 4, 6),
+    (80, 256, 128, 4, 4),
+    (128, 256, 64, 4, 6),
+    (128, 256, 64, 4, 4),
+    (160, 128, 128, 4, 4),
 )
+# BM and BN
+_INT4_SIZES = {tile[:2] for tile in _INT4_TILES}
 
 
 def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
@@ -69,25 +73,29 @@ def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> I
     """Sorted strategies, the likeliest first; `mean` rows an expert gets."""
     least = LEAST_MEAN if cfg.quant is None else LEAST_INT4_MEAN
     tiles = [t for t in every_tile(cfg, facts) if mean >= max(least, t.bm / 4)]
-    if cfg.quant is None:
-        tiles = [t for t in tiles if _worth_timing(t, mean)]
+    tiles = [t for t in tiles if _worth_timing(cfg, t, mean)]
     # tall blocks first or last: where they hold nearly every expert's rows, or do not; of the others the
     # tallest of which an expert fills half
-    tiles.sort(key=lambda t: (not _holds(t, mean), t.bm == TALL, t.bm > 2 * mean, -t.bm))
+    tiles.sort(key=lambda t: (not _holds(t, mean), _is_tall(t), t.bm > 2 * mean, -t.bm))
     for tile in tiles:
         yield Choice(strategy, tile, tile, facts.dependent_launch)
 
 
-def _worth_timing(tile: Tile, mean: float) -> bool:
-    if tile.bm == TALL:
-        return mean >= TALL / 2
-    return (tile.bm, tile.bn) in _EVEN
+def _is_tall(tile: Tile) -> bool:
+    """Whether blocks are of two parts: a power of two of rows, and a quarter of it."""
+    return tile.bm.bit_count() > 1
+
+
+def _worth_timing(cfg: MoEConfig, tile: Tile, mean: float) -> bool:
+    if _is_tall(tile):
+        return tile.bm / 2 <= mean and (tile.bm == TALL or mean <= tile.bm)
+    return cfg.quant is not None or (tile.bm, tile.bn) in _EVEN
 
 
 def _holds(tile: Tile, mean: float) -> bool:
     """Whether a tall block holds the rows of nearly every expert, the mean and two standard deviations of
     even routing, and the first part of it does not."""
-    return tile.bm == TALL and FIRST < mean + 2.0 * math.sqrt(mean) <= TALL
+    return _is_tall(tile) and 4 / 5 * tile.bm < mean + 2.0 * math.sqrt(mean) <= tile.bm
 
 
 def tall_pairs(
@@ -95,7 +103,7 @@ def tall_pairs(
 ) -> list[tuple[Tile, Tile]]:
     """Tiles for `tokens` tokens on the same experts, of blocks of 64 rows up to `most`, the tallest first."""
     tall = [tile for tile in every_tile(cfg, facts) if 64 <= tile.bm <= most]
-    tall = [tile for tile in tall if tile.bm != TALL]
+    tall = [tile for tile in tall if not _is_tall(tile)]
     if cfg.quant is not None:
         return [(tile, tile) for tile in sorted(tall, key=lambda tile: -tile.bm)]
     pairs = []
@@ -143,11 +151,17 @@ def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
         for bm, bn, stages in (*_TILES, *_TALL_TILES):
             yield Tile(bm, bn, STEP, MULTIPLY_WARPS, stages, "specialised")
         return
-    for bm, bk, warps, stages in _INT4_TILES:
-        # with scales for less than two blocks, or zero points, a register or two of the tallest would spill
-        whole = cfg.quant.group_size == -1 or cfg.quant.group_size % LONG_STEP == 0
-        if (bm < 128 or (whole and cfg.quant.symmetric)) and bk in _steps(cfg.quant.group_size):
-            yield Tile(bm, ROW_TILES * ROWS, bk, warps, stages, "specialised")
+    for bm, bn, bk, warps, stages in _INT4_TILES:
+        if bk in _steps(cfg.quant.group_size) and _lasts(cfg.quant, bm, bn):
+            yield Tile(bm, bn, bk, warps, stages, "specialised")
+
+
+def _lasts(quant: Quant, bm: int, bn: int) -> bool:
+    """Whether registers last: with scales for less than two blocks one or two of the largest tile would
+    spill, with zero points those of the next one too."""
+    whole = quant.group_size == -1 or quant.group_size % LONG_STEP == 0
+    most = 64 if not quant.symmetric else 128 if whole else 80
+    return bn < 256 or bm <= most
 
 
 def _steps(group_size: int) -> tuple[int, ...]:
@@ -166,8 +180,9 @@ def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
         known &= tile.num_warps == MULTIPLY_WARPS
         known &= tile.bk == STEP
     else:
-        known &= tile.bm in (32, 64, 128) and tile.bn == ROW_TILES * ROWS
-        known &= tile.num_warps in (4, 8) and tile.bk in _steps(cfg.quant.group_size)
+        known &= (tile.bm, tile.bn) in _INT4_SIZES
+        known &= tile.num_warps == 4 or (tile.num_warps == 8 and not _is_tall(tile))
+        known &= tile.bk in _steps(cfg.quant.group_size)
     if not known:
         return False
     for up in (True, False):
@@ -226,6 +241,7 @@ def specialised_int4_shape(
         columns=columns,
         paired=up and cfg.gated,
         bm=tile.bm,
+        bn=tile.bn,
         step=tile.bk,
         warps=tile.num_warps,
         stages=tile.num_stages,

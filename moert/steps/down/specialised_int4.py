@@ -6,13 +6,35 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
-from moert.steps.specialised.int4_pipeline import (
-    copy_int4_tiles,
-    make_int4_ring,
-    multiply_int4_tile,
-)
-from moert.steps.specialised.pipeline import block_and_tile
+from moert.steps.specialised.int4_pipeline import multiply_int4_tile
+from moert.steps.specialised.int4_ring import copy_int4_tiles, make_int4_ring
+from moert.steps.specialised.pipeline import block_and_tile, first_column
 from moert.steps.specialised.transposed import output_slots, packed_beyond, store_results
+
+
+@gluon.jit
+def _finish(
+    acc,
+    first,
+    packed,
+    weights,
+    bias_ptr,
+    y_ptr,
+    K: gl.constexpr,
+    S: gl.constexpr,
+):
+    """Weight and store sums [part_columns, N], output columns from `first` on, of the packed slots [N].
+
+    Args:
+        weights: address of the weight of the first of them.
+    """
+    L: gl.constexpr = acc.type.layout
+    if bias_ptr is not None:
+        n = first + gl.arange(0, S.part_width, gl.SliceLayout(1, L))
+        bias = gl.load(bias_ptr + n, mask=n < S.columns, other=0.0)
+        acc += gl.expand_dims(bias.to(gl.float32), 1)
+    weight = gl.load(weights + gl.arange(0, acc.shape[1], gl.SliceLayout(0, L)))
+    store_results(acc * gl.expand_dims(weight, 0), first, packed, y_ptr, K, S)
 
 
 @gluon.jit
@@ -32,21 +54,21 @@ def _one_tile(
 ):
     """One tile of the first N rows of a block; returns the count of steps so far."""
     sorted_token_ids, sorted_expert_ids, _ = rows
-    L: gl.constexpr = S.mma(N)
     if S.spare:
         packed = output_slots(sorted_token_ids, block * S.bm, N, S)
-    acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
-    if not S.spare:
-        packed = output_slots(sorted_token_ids, block * S.bm, N, S)
-    first = (tile * 2 + PARTITION) * S.width
+    sums, it = multiply_int4_tile(ring, it, PARTITION, N, S)
+    start = block * S.bm
+    first = first_column(tile, PARTITION, S)
+    bias_ptr = b2_ptr
     if b2_ptr is not None:
-        expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        n = first + gl.arange(0, S.width, gl.SliceLayout(1, L))
-        b = gl.load(b2_ptr + expert * S.columns + n, mask=n < S.columns, other=0.0)
-        acc += gl.expand_dims(b.to(gl.float32), 1)
-    weight = gl.load(sorted_weights + block * S.bm + gl.arange(0, N, gl.SliceLayout(0, L)))
-    y = acc * gl.expand_dims(weight, 0)
-    store_results(y, first, packed, y_ptr, K, S)
+        bias_ptr = b2_ptr + gl.load(sorted_expert_ids + block).to(gl.int64) * S.columns
+    weights = sorted_weights + start
+    if S.first < N:
+        packed = output_slots(sorted_token_ids, start + S.first, S.second, S)
+        _finish(sums[1], first, packed, weights + S.first, bias_ptr, y_ptr, K, S)
+    if not S.spare:
+        packed = output_slots(sorted_token_ids, start, sums[0].shape[1], S)
+    _finish(sums[0], first, packed, weights, bias_ptr, y_ptr, K, S)
     return it
 
 
@@ -63,37 +85,37 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
-    beyond_half, beyond_quarter = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.half, S.quarter, S
+    beyond_fewer, beyond_fewest = packed_beyond(
+        sorted_token_ids, gl.program_id(0), blocks, S.fewer, S.fewest, S
     )
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
         if S.spare:
             # of the next tile, there when this one is done
-            next_half, next_quarter = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            next_fewer, next_fewest = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
             )
-        if (beyond_half >> 24) < K:
+        if (beyond_fewer >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
             )
-        elif S.quarter == S.half:  # or the same code would be there twice
+        elif S.fewest == S.fewer:  # or the same code would be there twice
             it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
+                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewer, S
             )
-        elif (beyond_quarter >> 24) < K:
+        elif (beyond_fewest >> 24) < K:
             it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
+                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewer, S
             )
         else:
             it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.quarter, S
+                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewest, S
             )  # fmt: skip
         if not S.spare:
-            next_half, next_quarter = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            next_fewer, next_fewest = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
             )
-        beyond_half, beyond_quarter = next_half, next_quarter
+        beyond_fewer, beyond_fewest = next_fewer, next_fewest
 
 
 @gluon.jit

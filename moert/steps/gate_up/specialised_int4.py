@@ -8,13 +8,38 @@ from triton.experimental.gluon import language as gl
 from moert.steps.activation.triton import activate
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
-from moert.steps.specialised.int4_pipeline import (
-    copy_int4_tiles,
-    make_int4_ring,
-    multiply_int4_tile,
+from moert.steps.specialised.int4_pipeline import multiply_int4_tile
+from moert.steps.specialised.int4_ring import copy_int4_tiles, make_int4_ring
+from moert.steps.specialised.pipeline import block_and_tile, first_column
+from moert.steps.specialised.transposed import (
+    gate_and_up,
+    output_slots,
+    packed_beyond,
+    store_results,
 )
-from moert.steps.specialised.pipeline import block_and_tile
-from moert.steps.specialised.transposed import output_slots, packed_beyond, store_results
+
+
+@gluon.jit
+def _finish(
+    acc,
+    first,
+    packed,
+    bias_ptr,
+    h_ptr,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    S: gl.constexpr,
+):
+    """Activate and store sums [part_columns, N], output columns from `first` on, of the packed slots [N]."""
+    gate, up = gate_and_up(acc, S)
+    if bias_ptr is not None:
+        n = first + gl.arange(0, S.part_width, gl.SliceLayout(1, gate.type.layout))
+        n = gl.expand_dims(n, 1)
+        gate, up = add_bias(gate, up, bias_ptr, n, S.columns, S.paired, False)
+    h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA)
+    store_results(h, first, packed, h_ptr, K, S)
 
 
 @gluon.jit
@@ -38,26 +63,19 @@ def _one_tile(
     sorted_token_ids, sorted_expert_ids, _ = rows
     if S.spare:
         packed = output_slots(sorted_token_ids, block * S.bm, N, S)
-    acc, it = multiply_int4_tile(ring, it, PARTITION, N, S)
-    if not S.spare:
-        packed = output_slots(sorted_token_ids, block * S.bm, N, S)
-    if S.paired:
-        halves = gl.reshape(acc, (S.row_tiles, 2, 8, N))
-        gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
-        gate = gl.reshape(gate, (S.width, N))
-        up = gl.reshape(up, (S.width, N))
-    else:
-        gate = acc
-        up = acc
-    first = (tile * 2 + PARTITION) * S.width
+    sums, it = multiply_int4_tile(ring, it, PARTITION, N, S)
+    start = block * S.bm
+    first = first_column(tile, PARTITION, S)
+    bias_ptr = b13_ptr
     if b13_ptr is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        bias = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
-        n = first + gl.arange(0, S.width, gl.SliceLayout(1, gate.type.layout))
-        n = gl.expand_dims(n, 1)
-        gate, up = add_bias(gate, up, bias, n, S.columns, S.paired, False)
-    h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA)
-    store_results(h, first, packed, h_ptr, K, S)
+        bias_ptr = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
+    if S.first < N:
+        packed = output_slots(sorted_token_ids, start + S.first, S.second, S)
+        _finish(sums[1], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+    if not S.spare:
+        packed = output_slots(sorted_token_ids, start, sums[0].shape[1], S)
+    _finish(sums[0], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
     return it
 
 
@@ -76,41 +94,41 @@ def _multiply(
 ):
     sorted_token_ids, _, blocks = rows
     it = 0
-    beyond_half, beyond_quarter = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.half, S.quarter, S
+    beyond_fewer, beyond_fewest = packed_beyond(
+        sorted_token_ids, gl.program_id(0), blocks, S.fewer, S.fewest, S
     )
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
         if S.spare:
             # of the next tile, there when this one is done
-            next_half, next_quarter = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            next_fewer, next_fewest = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
             )
-        if (beyond_half >> 24) < K:
+        if (beyond_fewer >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
                 K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
             )  # fmt: skip
-        elif S.quarter == S.half:  # or the same code would be there twice
+        elif S.fewest == S.fewer:  # or the same code would be there twice
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
+                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewer, S,
             )  # fmt: skip
-        elif (beyond_quarter >> 24) < K:
+        elif (beyond_fewest >> 24) < K:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
+                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewer, S,
             )  # fmt: skip
         else:
             it = _one_tile(
                 ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.quarter, S,
+                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewest, S,
             )  # fmt: skip
         if not S.spare:
-            next_half, next_quarter = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.half, S.quarter, S
+            next_fewer, next_fewest = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
             )
-        beyond_half, beyond_quarter = next_half, next_quarter
+        beyond_fewer, beyond_fewest = next_fewer, next_fewest
 
 
 @gluon.jit

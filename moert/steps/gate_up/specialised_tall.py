@@ -10,8 +10,13 @@ from moert.steps.activation.triton import activate
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
 from moert.steps.specialised.pipeline import block_and_tile, copy_tiles, first_column, make_ring
-from moert.steps.specialised.tall_pipeline import gate_and_up, multiply_tall_tile, split_slots
-from moert.steps.specialised.transposed import output_slots, packed_beyond, store_results
+from moert.steps.specialised.tall_pipeline import multiply_tall_tile, split_slots
+from moert.steps.specialised.transposed import (
+    gate_and_up,
+    output_slots,
+    packed_beyond,
+    store_results,
+)
 
 
 @gluon.jit

@@ -27,12 +27,20 @@ the step before. The instruction has 16, 32, 64 or 128 columns: as many as a blo
 that blocks of 128, which widen a weight once for all of an expert's rows, cost no more than they hold. The
 scaled weight is rounded to 16 bits once, where the portable kernels scale the product.
 
+int4 weights, tall blocks of 160 and of 80 rows: a step is two products of the same widened weights, of 128
+and 32 columns or of 64 and 16, which may be under way together, so that a weight is widened once where lower
+blocks would do it again for a few rows more. Blocks of 160 rows go with 128 rows of weights: 80 sums a thread
+in both. On an H200, E=8 K=2 H=4096 I=14336, T=512: 711 us for 984 of blocks of 128 by 256 rows of weights;
+T=256: 444 for 558. Tried and lost: 192 rows of weights by three partitions (823 for 711, 521 for 444); blocks
+of 128 by 128 rows of weights in long steps (870 for 711, 556 for 444), of 80 by 128 (491 for 444). With 16
+rows an expert (T=64), or 32 (E=128 K=8 H=2048 I=768, T=512), neither won anything.
+
 Figures of an H200 in microseconds a layer, sort and combine included, against the best of all other kernels;
 what whole layers take is in README.md.
 
     weights    E, K, H, I                T   specialised   other
     int4       8, 2, 4096, 14336       128           354     396
-    int4       8, 2, 4096, 14336       512           876    1070
+    int4       8, 2, 4096, 14336       512           711    1070
     int4       128, 8, 2048, 768       512           180     211
     int4       256, 8, 7168, 256       512           340     382
     bfloat16   8, 2, 4096, 14336       256           701     752

@@ -10,8 +10,6 @@ from triton.experimental.gluon import language as gl
 from moert.steps.specialised.shape import COPY_WARPS
 from moert.steps.weight_tiles import BLOCK, ROWS, WeightTiles
 
-ROW_TILES = 16  # of a program, half of them each multiplying partition's
-
 
 @dataclass(frozen=True)
 class SpecialisedInt4Shape(WeightTiles):
@@ -23,7 +21,8 @@ class SpecialisedInt4Shape(WeightTiles):
         reduction: columns of a weight's row.
         columns: columns of the output, N.
         paired: output columns have a gate and an up row of the weights.
-        bm: rows of inputs, the instruction's columns at most: 32 to 128.
+        bm: rows of inputs, 32 to 160: a power of two, or that and a quarter of it.
+        bn: rows of weights a program takes, half of them each multiplying partition.
         step: columns of a stage, one block or two.
         warps: of each of the two multiplying partitions, 4 or 8.
         stages: of the ring.
@@ -37,6 +36,7 @@ class SpecialisedInt4Shape(WeightTiles):
     columns: int
     paired: bool
     bm: int
+    bn: int
     step: int
     warps: int
     stages: int
@@ -66,25 +66,39 @@ class SpecialisedInt4Shape(WeightTiles):
     @property
     def shared_bytes(self) -> int:
         """Shared memory: the ring, its barriers, and what results pass through on their way out."""
-        codes = 2 * self.row_tiles * ROWS * self.step // 2
-        values = 2 * self.row_tiles * ROWS * 2 * self.step_groups * (1 + self.zeros)
+        codes = self.bn * self.step // 2
+        values = self.bn * 2 * self.step_groups * (1 + self.zeros)
         ring = self.stages * (codes + values + self.bm * self.step * 2 + 16)
         return ring + 2048 * self.warps + 256
 
     @property
     def tiles(self) -> int:
         """Pieces that the rows of an expert are cut into."""
-        return -(-self.all_tiles // ROW_TILES)
+        return -(-self.all_tiles // (2 * self.row_tiles))
 
     @property
     def row_tiles(self) -> int:
         """Of a multiplying partition."""
-        return ROW_TILES // 2
+        return self.bn // (2 * ROWS)
 
     @property
     def width(self) -> int:
-        """Output columns of a partition's tile."""
-        return self.row_tiles * (8 if self.paired else ROWS)
+        """Output columns of a tile."""
+        return self.bn // 2 if self.paired else self.bn
+
+    @property
+    def by_rows(self) -> bool:
+        return False
+
+    @property
+    def part_columns(self) -> int:
+        """Rows of weights of a partition."""
+        return self.bn // 2
+
+    @property
+    def part_width(self) -> int:
+        """Output columns of a partition."""
+        return self.width // 2
 
     @property
     def workers(self) -> list[int]:
@@ -92,28 +106,48 @@ class SpecialisedInt4Shape(WeightTiles):
 
     @property
     def registers(self) -> list[int]:
+        if self.second:
+            return [200, 112]
         return [200, 104] if self.warps == 4 else [104, 64]
 
     @property
-    def half(self) -> int:
-        """Columns of the instruction where a block has rows for no more, and so on."""
-        return max(16, self.bm // 2)
+    def first(self) -> int:
+        """Rows of a block that are the columns of the first product of a step: the largest power of two."""
+        return int(1 << (self.bm.bit_length() - 1))
 
     @property
-    def quarter(self) -> int:
-        return max(16, self.bm // 4)
+    def second(self) -> int:
+        """Those of the second one, of the same weights; none in a block of a power of two."""
+        return self.bm - self.first
+
+    @property
+    def fewer(self) -> int:
+        """Rows that are multiplied where a block has no more, and so on."""
+        return self.first if self.second else max(16, self.bm // 2)
+
+    @property
+    def fewest(self) -> int:
+        return max(16, self.fewer // 2)
+
+    def sums(self, n: int) -> int:
+        """Accumulators of a thread for n rows."""
+        return self.part_columns * n // (32 * self.warps)
 
     @property
     def spare(self) -> bool:
         """Whether registers are left for what is loaded ahead of all products of a tile."""
-        return self.warps == 4 and self.bm < 128
+        return self.warps == 4 and self.bm < 128 and not self.second
 
-    def mma(self, n: int) -> Any:
-        """Accumulators [row_tiles * 16, n] of one partition; row tiles go round its warps."""
+    def pinned(self, n: int) -> bool:
+        """Whether they are left for weights that are widened while the products of n rows are under way."""
+        return self.halves == 2 and self.sums(n) <= 80
+
+    def accumulators(self, n: int) -> Any:
+        """[part_columns, n] of one partition; row tiles go round its warps."""
         return gl.NVMMADistributedLayout([3, 0], [self.warps, 1], [16, n, 16])
 
     def a(self, n: int) -> Any:
-        return gl.DotOperandLayout(0, self.mma(n), 2)
+        return gl.DotOperandLayout(0, self.accumulators(n), 2)
 
     @property
     def codes(self) -> Any:
@@ -127,12 +161,12 @@ class SpecialisedInt4Shape(WeightTiles):
 
     @property
     def copies(self) -> Any:
-        """Inputs [bm, 64], copied 16 bytes a lane."""
+        """Inputs [rows, 64], copied 16 bytes a lane."""
         return gl.BlockedLayout([1, 8], [4, 8], [COPY_WARPS, 1], [1, 0])
 
     @property
     def copy_values(self) -> Any:
-        """Scales or zero points [step_groups, 32 * row_tiles], copied 4 bytes a lane."""
+        """Scales or zero points [step_groups, bn], copied 4 bytes a lane."""
         return gl.BlockedLayout([1, 2], [1, 32], [1, COPY_WARPS], [1, 0])
 
     @property
@@ -141,8 +175,9 @@ class SpecialisedInt4Shape(WeightTiles):
 
     @property
     def out(self) -> Any:
-        """[width, n] to be stored, 16 bytes of a row a lane."""
-        return gl.BlockedLayout([8, 1], [8, 4], [1, self.warps], [0, 1])
+        """[part_width, n] to be stored, 16 bytes of a row a lane."""
+        lanes = min(8, self.part_width // 8)
+        return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, self.warps], [0, 1])
 
     def plain(self, rank: int) -> Any:
         """Shared memory in order, as lanes read back what they wrote."""

@@ -69,19 +69,33 @@ def input_rows(
         BY_TOKEN: a row for each token, else one for each slot of a token.
     """
     slots = first + gl.arange(0, ROWS, gl.SliceLayout(1, S.copies))
-    rows, live = packed_rows(gl.load(sorted_token_ids + slots), stride, BY_TOKEN, K)
+    return packed_rows(gl.load(sorted_token_ids + slots), stride, BY_TOKEN, K, S)
+
+
+@gluon.jit
+def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr, S: gl.constexpr):
+    """`input_rows` of packed slots."""
+    live = (packed >> 24) < K  # padding slots carry K
+    row = packed & 0xFFFFFF
+    if not BY_TOKEN:
+        row = row * K + (packed >> 24)
+    rows = gl.where(live, row, 0).to(gl.int64) * stride
     k = gl.arange(0, COLUMNS, gl.SliceLayout(0, S.copies))
     return gl.expand_dims(rows, 1) + gl.expand_dims(k, 0), gl.expand_dims(live, 1)
 
 
 @gluon.jit
-def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr):
-    """Offsets of the rows of inputs of packed slots, and whether they are read."""
-    live = (packed >> 24) < K  # padding slots carry K
-    row = packed & 0xFFFFFF
-    if not BY_TOKEN:
-        row = row * K + (packed >> 24)
-    return gl.where(live, row, 0).to(gl.int64) * stride, live
+def block_rows(
+    sorted_token_ids, block, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr, S: gl.constexpr
+):
+    """`input_rows` of a block, for each of the ring's places for rows."""
+    start = block * S.bm
+    x = (input_rows(sorted_token_ids, start, stride, S.first, BY_TOKEN, K, S),)
+    if S.second:
+        start += S.first
+        more = input_rows(sorted_token_ids, start, stride, S.second, BY_TOKEN, K, S)
+        x = (x[0], more)  # type: ignore[assignment]
+    return x
 
 
 @gluon.jit
@@ -171,12 +185,7 @@ def copy_tiles(
     for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
         block, tile = block_and_tile(t, blocks, S)
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        start = block * S.bm
-        x = (input_rows(sorted_token_ids, start, x_stride, S.first, BY_TOKEN, K, S),)
-        if S.second:
-            start += S.first
-            more = input_rows(sorted_token_ids, start, x_stride, S.second, BY_TOKEN, K, S)
-            x = (x[0], more)  # type: ignore[assignment]
+        x = block_rows(sorted_token_ids, block, x_stride, BY_TOKEN, K, S)
         it = _copy_tile(ring, it, x_ptr, x, w_ptr, expert, tile, S)
 
 

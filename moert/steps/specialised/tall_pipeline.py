@@ -7,11 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from moert.steps.specialised.pipeline import await_copies, give_back
-
-
-@gluon.jit
-def _zeros(N: gl.constexpr, S: gl.constexpr):
-    return gl.full([S.part_columns, N], 0, gl.float32, S.accumulators(N))
+from moert.steps.specialised.transposed import no_sums
 
 
 @gluon.jit
@@ -53,11 +49,7 @@ def multiply_tall_tile(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl
     Returns:
         ([part_columns, first], [part_columns, second]) where N is S.bm, else ([part_columns, N],).
     """
-    if S.first < N:
-        sums = (_zeros(S.first, S), _zeros(S.second, S))
-    else:
-        sums = (_zeros(N, S),)  # type: ignore[assignment]
-    sums = _done(_ask(ring, it, sums, PARTITION, N, S), 1)
+    sums = _done(_ask(ring, it, no_sums(N, S), PARTITION, N, S), 1)
     for _ in range(S.steps - 1):
         sums = _done(_ask(ring, it + 1, sums, PARTITION, N, S), 1)
         # the products of the step before this one are done
@@ -66,20 +58,6 @@ def multiply_tall_tile(ring, it, PARTITION: gl.constexpr, N: gl.constexpr, S: gl
     sums = _done(sums, 0)
     give_back(ring, it, S)
     return sums, it + 1
-
-
-@gluon.jit
-def gate_and_up(acc, S: gl.constexpr):
-    """Sums [part_columns, N] as gate and up [part_width, N]; the same twice where there is no gate."""
-    gate = acc
-    up = acc
-    if S.paired:
-        N: gl.constexpr = acc.shape[1]
-        halves = gl.reshape(acc, (S.part_width // S.group, 2, S.group, N))
-        gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
-        gate = gl.reshape(gate, (S.part_width, N))
-        up = gl.reshape(up, (S.part_width, N))
-    return gate, up
 
 
 @gluon.jit

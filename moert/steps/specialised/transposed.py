@@ -1,4 +1,4 @@
-"""What kernels that make out^T = w x^T share: how many rows a block has, and how results are stored.
+"""What kernels that make out^T = w x^T share: how many rows a block has, sums, and how results are stored.
 
 A block's rows are columns of the instruction there, and a tile is compiled for a few counts of them: columns
 that no row would use are not multiplied.
@@ -10,6 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moert.steps.specialised.pipeline import block_and_tile
+
+# rows of gate weights that lie before as many of up weights: a thread has both of a column
+TOGETHER = gl.constexpr(8)
 
 
 @gluon.jit
@@ -34,6 +37,36 @@ def packed_beyond(
 def output_slots(sorted_token_ids, first, N: gl.constexpr, S: gl.constexpr):
     """Packed slots [N] from one on, as they are needed to store results."""
     return gl.load(sorted_token_ids + first + gl.arange(0, N, gl.SliceLayout(0, S.out)))
+
+
+@gluon.jit
+def no_sums(N: gl.constexpr, S: gl.constexpr):
+    """Zeros of the sums of N rows: of both products of a step where N is more than S.first, else of one."""
+    if S.first < N:
+        A: gl.constexpr = S.accumulators(S.first)
+        B: gl.constexpr = S.accumulators(S.second)
+        sums = (
+            gl.full([S.part_columns, S.first], 0, gl.float32, A),
+            gl.full([S.part_columns, S.second], 0, gl.float32, B),
+        )
+    else:
+        L: gl.constexpr = S.accumulators(N)
+        sums = (gl.full([S.part_columns, N], 0, gl.float32, L),)  # type: ignore[assignment]
+    return sums
+
+
+@gluon.jit
+def gate_and_up(acc, S: gl.constexpr):
+    """Sums [part_columns, N] as gate and up [part_width, N]; the same twice where there is no gate."""
+    gate = acc
+    up = acc
+    if S.paired:
+        N: gl.constexpr = acc.shape[1]
+        halves = gl.reshape(acc, (S.part_width // TOGETHER, 2, TOGETHER, N))
+        gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
+        gate = gl.reshape(gate, (S.part_width, N))
+        up = gl.reshape(up, (S.part_width, N))
+    return gate, up
 
 
 @gluon.jit
