@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from moert.backends import stream_tiles
-from moert.config import MoEConfig, Quant
+from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
 from moert.quantization.int4_layout import columns_per_group
@@ -152,15 +152,16 @@ def _tiles(cfg: MoEConfig) -> Iterator[Tile]:
             yield Tile(bm, bn, STEP, MULTIPLY_WARPS, stages, "specialised")
         return
     for bm, bn, bk, warps, stages in _INT4_TILES:
-        if bk in _steps(cfg.quant.group_size) and _lasts(cfg.quant, bm, bn):
+        if bk in _steps(cfg.quant.group_size) and _lasts(cfg, bm, bn):
             yield Tile(bm, bn, bk, warps, stages, "specialised")
 
 
-def _lasts(quant: Quant, bm: int, bn: int) -> bool:
-    """Whether registers last: with scales for less than two blocks one or two of the largest tile would
-    spill, with zero points those of the next one too."""
-    whole = quant.group_size == -1 or quant.group_size % LONG_STEP == 0
-    most = 64 if not quant.symmetric else 128 if whole else 80
+def _lasts(cfg: MoEConfig, bm: int, bn: int) -> bool:
+    """Whether registers last: with biases, or scales for less than two blocks, one or two of the largest tile
+    would spill, with zero points those of the next one too."""
+    assert cfg.quant is not None
+    whole = cfg.quant.group_size == -1 or cfg.quant.group_size % LONG_STEP == 0
+    most = 64 if not cfg.quant.symmetric else 128 if whole and not cfg.bias else 80
     return bn < 256 or bm <= most
 
 
