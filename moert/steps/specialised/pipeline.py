@@ -99,8 +99,8 @@ def block_rows(
 
 
 @gluon.jit
-def _copy_steps(ring, it, step, x_ptr, x, w_ptr, w, live, k, COUNT: gl.constexpr, S: gl.constexpr):
-    """Copy COUNT steps of a tile from `step` on, as soon as there is a place for all of them.
+def _copy_steps(ring, it, step, x_ptr, x, w_ptr, w, live, k, S: gl.constexpr):
+    """Copy S.abreast steps of a tile from `step` on, as soon as there is a place for all of them.
 
     Args:
         it: steps copied before; x: as for `_copy_tile`.
@@ -109,6 +109,7 @@ def _copy_steps(ring, it, step, x_ptr, x, w_ptr, w, live, k, COUNT: gl.constexpr
     """
     ws, full, empty = ring[-3], ring[-2], ring[-1]
     PARTS: gl.constexpr = len(x)
+    COUNT: gl.constexpr = S.abreast
     for i in gl.static_range(COUNT):
         mbarrier.wait(empty.index((it + i) % S.stages), (((it + i) // S.stages) & 1) ^ 1)
     for i in gl.static_range(COUNT):
@@ -152,14 +153,10 @@ def _copy_tile(ring, it, x_ptr, x, w_ptr, expert, tile, S: gl.constexpr):
     w = gl.expand_dims(gl.where(inside, row, 0) * S.w_n, 1) + gl.expand_dims(k, 0)
     w_ptr += expert * S.w_e
     live = gl.expand_dims(inside, 1)
-    GROUPS: gl.constexpr = S.steps // S.abreast
-    for group in range(GROUPS):
+    for group in range(S.steps // S.abreast):
         step = group * S.abreast
-        _copy_steps(ring, it, step, x_ptr, x, w_ptr, w, live, k, S.abreast, S)
+        _copy_steps(ring, it, step, x_ptr, x, w_ptr, w, live, k, S)
         it += S.abreast
-    if GROUPS * S.abreast < S.steps:
-        _copy_steps(ring, it, S.steps - 1, x_ptr, x, w_ptr, w, live, k, 1, S)
-        it += 1
     return it
 
 

@@ -76,8 +76,9 @@ class SpecialisedShape:
     @property
     def abreast(self) -> int:
         """Steps that are copied together: of a row, twice as many bytes at a time are read from memory, but
-        the places for both have to be empty, of which a short ring has too few."""
-        return 2 if self.stages >= 5 else 1
+        the places for both have to be empty, of which a short ring has too few. A last one by itself would
+        take registers of its own."""
+        return 2 if self.stages >= 5 and self.steps % 2 == 0 else 1
 
     @property
     def first(self) -> int:

@@ -17,8 +17,6 @@ from triton.experimental.gluon import language as gl
 
 from moert.steps.call_args import load_expert_id
 
-# blocks that go through the tiles of weights side by side
-SIDE = gl.constexpr(4)
 # blocks before its own that a program looks at to tell how many its expert has there: behind as many, every
 # block is taken by itself
 BEFORE = gl.constexpr(128)
@@ -28,9 +26,10 @@ BEFORE = gl.constexpr(128)
 def block_and_tile(S: gl.constexpr):
     """Block of sorted rows and first row tile of this program.
 
-    Blocks of one expert read the same weights: where these are more than a cache holds, one block after the
-    other would read them from memory each time.
+    S.side blocks go through the tiles side by side. Blocks of one expert read the same weights: where these
+    are more than a cache holds, one block after the other would read them from memory each time.
     """
+    SIDE: gl.constexpr = S.side
     GROUP: gl.constexpr = SIDE * S.tiles
     program = gl.program_id(0)
     inside = program % GROUP
