@@ -231,7 +231,9 @@ def verdict_lines(parts: dict[str, Any]) -> list[str]:
         if tests := parts.get(part):
             counts = re.findall(r"\d+ (?:failed|passed|errors?)", tests["summary"])
             counts.sort(key=lambda count: "passed" not in count)
-            names = [f"`{line.split('::')[-1].split()[0]}`" for line in tests.get("failed", [])]
+            names = [
+                f"`{line.split('::')[-1].split(' - ')[0]}`" for line in tests.get("failed", [])
+            ]
             lines.append(
                 f"{what}: {', '.join(counts)}" + (f" ({', '.join(names)})." if names else ".")
             )

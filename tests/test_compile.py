@@ -161,8 +161,8 @@ def test_what_is_collected(arch: str) -> None:
 
 def test_shipped_plans_are_collected() -> None:
     cfg = MoEConfig(128, 8, 2048, 768)
-    shipped = {v.choice for v in collect([Layer(cfg)], ["sm_90"], (8,), False)}
-    default = Layer(cfg).backend("sm_90").default_choice(8)
+    shipped = {v.choice for v in collect([Layer(cfg)], ["sm_90"], (64,), False)}
+    default = Layer(cfg).backend("sm_90").default_choice(64)
     assert default in shipped
     assert shipped - {default, None}
 
