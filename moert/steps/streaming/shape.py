@@ -61,8 +61,8 @@ class StreamShape(WeightTiles):
         """Blocks that go through the tiles side by side.
 
         On an H200, four for one, int4, one block at a time: E=8 K=2 H=4096 I=14336, T=32 255 to 251 us, T=64
-        435 to 420, where other tiles are as fast; E=128 K=4 H=I=2880 in groups of 32, T=32: 308 to 325, in two
-        runs of which the second read 2% slower.
+        435 to 420, where other tiles are as fast; E=128 K=4 H=I=2880 in groups of 32, T=32: 308 to 325, in
+        two runs of which the second read 2% slower.
         """
         return 1 if self.int4 else 4
 
