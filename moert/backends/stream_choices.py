@@ -197,10 +197,11 @@ def _taken_together(
     most = min(_MOST_TOGETHER, blocks)
     while most > 1 and not _roomy(cfg, replace(tile, together=most), up):
         most //= 2
-    if most == 1 or (tile.split > 1 if cfg.quant is None else mean <= LEAST):
-        yield tile
-    if most > 1 and (cfg.quant is None or mean >= 2):
-        yield replace(tile, together=most)
+    alone = most == 1 or (tile.split > 1 if cfg.quant is None else mean <= LEAST)
+    several = most > 1 and (cfg.quant is None or mean >= 2)
+    found = [tile] * alone + [replace(tile, together=most)] * several
+    # the likelier first: about as many experts have two blocks as have one, or most have one
+    yield from reversed(found) if cfg.quant is not None and 2 * mean > LEAST else found
 
 
 def _roomy(cfg: MoEConfig, tile: Tile, up: bool) -> bool:

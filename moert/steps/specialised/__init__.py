@@ -47,7 +47,7 @@ what whole layers take is in README.md.
     bfloat16   8, 2, 4096, 14336       512           875    1176
     bfloat16   8, 2, 4096, 14336      4096          4826    5518
 
-Below about 24 rows an expert (int4; 16 to 32 in 16 bits) others are ahead: E=128 K=8 H=2048 I=768 in int4 at
+Below 16 to 24 rows an expert (int4; 16 to 32 in 16 bits) others are ahead: E=128 K=8 H=2048 I=768 in int4 at
 T=128, 8 rows: 141 for 98. Tried and lost: int4 blocks of 128 rows that always multiply 128 columns (T=512
 above: 944 for 876); eight warps a partition instead of four on blocks of 64 and 128 rows (spills); the
 portable kernel with gate and up in one product of 256 columns and four stages (16 bits, T=512: 1075 for
