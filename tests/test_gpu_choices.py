@@ -94,9 +94,13 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     portable = [choice for choice in found if kernels_of(choice) == {"tile"}]
     left_out = set(portable) if backend.cfg.quant is None else set(portable) - set(portable[::4])
     specialised = [choice for choice in found if kernels_of(choice) == {"specialised"}]
-    if backend.cfg.quant is None and bucket >= 64:
-        tiles = specialised_tiles.every_tile(backend.cfg, backend.facts)
-        specialised = [Choice("one_shot", tile, tile, True) for tile in tiles]
+    tiles = specialised_tiles.every_tile(backend.cfg, backend.facts)
+    if backend.cfg.quant is not None:
+        # of int4 weights those of two products, some of which are offered for other numbers of rows
+        tiles = [tile for tile in tiles if tile.bm.bit_count() > 1 and bucket > tile.bm]
+    if bucket >= 64:
+        further = [Choice("one_shot", tile, tile, True) for tile in tiles]
+        specialised = list(dict.fromkeys((*specialised, *further)))
         found = list(dict.fromkeys((*found, *specialised)))
     if backend.facts.compute_units == FEW_UNITS:
         # 15 s of compiling for a kernel of int4 weights
