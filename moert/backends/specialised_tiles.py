@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 
 from moert.backends import stream_tiles
+from moert.backends.even_routing import rows_of_nearly_all
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
@@ -94,17 +94,16 @@ def _worth_timing(cfg: MoEConfig, tile: Tile, mean: float) -> bool:
 
 
 def _holds(tile: Tile, mean: float) -> bool:
-    """Whether a tall block holds the rows of nearly every expert, the mean and two standard deviations of
-    even routing, and the first part of it does not."""
-    return _is_tall(tile) and 4 / 5 * tile.bm < mean + 2.0 * math.sqrt(mean) <= tile.bm
+    """Whether a tall block holds the rows of nearly every expert, and the first part of it does not."""
+    return _is_tall(tile) and 4 / 5 * tile.bm < rows_of_nearly_all(mean) <= tile.bm
 
 
 def tall_pairs(
     cfg: MoEConfig, facts: DeviceFacts, tokens: int, most: int
 ) -> list[tuple[Tile, Tile]]:
     """Tiles for `tokens` tokens on the same experts, of blocks of 64 rows up to `most`, the tallest first."""
-    tall = [tile for tile in every_tile(cfg, facts) if 64 <= tile.bm <= most]
-    tall = [tile for tile in tall if not _is_tall(tile)]
+    every = (tile for tile in every_tile(cfg, facts) if not _is_tall(tile))
+    tall = [tile for tile in every if 64 <= tile.bm <= most]
     if cfg.quant is not None:
         return [(tile, tile) for tile in sorted(tall, key=lambda tile: -tile.bm)]
     pairs = []

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from moert.backends.even_routing import rows_of_nearly_all
 from moert.backends.stream_tiles import fits, refuses, stream_shape
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -192,7 +193,7 @@ def _taken_together(
     rows = float(tokens)
     if cfg.quant is not None:
         # of nearly every expert; registers for more would cost all of them
-        rows = min(rows, max(mean + 2.0 * math.sqrt(mean), LEAST + 1))
+        rows = min(rows, max(rows_of_nearly_all(mean), LEAST + 1))
     blocks = 1 << (math.ceil(rows / LEAST) - 1).bit_length()
     most = min(_MOST_TOGETHER, blocks)
     while most > 1 and not _roomy(cfg, replace(tile, together=most), up):

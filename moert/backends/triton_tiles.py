@@ -7,11 +7,11 @@ there is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from moert.backends import specialised_tiles, stream_choices
+from moert.backends.even_routing import rows_of_nearly_all
 from moert.backends.triton_tile_limits import (
     careful_tile,
     direct_fits,
@@ -41,8 +41,8 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
 
     Streams where they were measured and rows are few (`stream_choices.default`); else direct up to 4 tokens:
     routed rows of so few tokens are mostly alone with their expert (measured on an H200 with E=128, K=8: sort
-    and matrix units begin to pay between 4 and 8 tokens). Then blocks hold the rows of nearly every expert,
-    the mean and two standard deviations of even routing, as far as blocks of 64 (E=8 K=2 H=4096 I=14336, 32
+    and matrix units begin to pay between 4 and 8 tokens). Then blocks hold the rows of nearly every expert
+    where routing is even, as far as blocks of 64 (E=8 K=2 H=4096 I=14336, 32
     rows an expert: blocks of 32 took 37% longer), and one workgroup sorts while all routed rows fit it
     comfortably.
 
@@ -62,7 +62,7 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
         # I=768): the down programs take registers and cache from gate/up programs still at work
         return direct_choice(cfg, facts)
     mean = rows / cfg.num_experts
-    most = mean + 2.0 * math.sqrt(mean)
+    most = rows_of_nearly_all(mean)
     bm = next((bm for bm in (16, 32) if most <= bm), 64 if mean <= 128 else 128)
     bm = min(bm, most_rows(cfg, facts))
     specialised = specialised_tiles.default(cfg, facts, strategy, mean) if copied else None

@@ -169,12 +169,23 @@ def _relative_to_chosen(scoring, renormalize):
 
 
 @triton.jit
-def _weigh(x, mask, peak, total, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """Weights [BT, KP] of the chosen logits x; peak and total belong to the softmax over E."""
+def _weigh(
+    x, mask, peak, total, best, sum_of_chosen,
+    SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Weights [BT, KP] of the chosen logits x; peak and total belong to the softmax over E.
+
+    Args:
+        best, sum_of_chosen: with SUM, what `_choose` gives.
+    """
     if _relative_to_chosen(SCORING, RENORMALIZE):
-        chosen_peak = tl.maximum(tl.max(x, axis=1), -FLOAT_MAX)
-        w = tl.exp(x - chosen_peak[:, None])
-        return w / tl.maximum(tl.sum(w, axis=1), 1.0)[:, None]
+        if not SUM:
+            best = tl.maximum(tl.max(x, axis=1), -FLOAT_MAX)
+        w = tl.exp(x - best[:, None])
+        if not SUM:
+            sum_of_chosen = tl.sum(w, axis=1)
+        # nothing but -inf has a smaller sum than the best one's own 1
+        return w / tl.maximum(sum_of_chosen, 1.0)[:, None]
     w = _score(x, peak[:, None], total[:, None], SCORING)
     if RENORMALIZE:
         w = w / (tl.sum(tl.where(mask, w, 0.0), axis=1) + 1e-20)[:, None]
@@ -254,12 +265,9 @@ def routing_fwd_kernel(
         picked = _from_key(chosen_key, PACKED)
     else:
         picked = _load_logits(row_ptr[:, None] + chosen, mask, part_stride, PARTS)
-    if SUM:
-        # nothing but -inf has a smaller sum than the best one's own 1
-        weights = tl.exp(picked - best[:, None]) / tl.maximum(sum_of_chosen, 1.0)[:, None]
-    else:
-        weights = _weigh(picked, mask, peak, total, SCORING, RENORMALIZE)
-    weights *= SCALE
+    weights = (
+        _weigh(picked, mask, peak, total, best, sum_of_chosen, SCORING, RENORMALIZE, SUM) * SCALE
+    )
     if SHARED > 0:
         shared = tl.full([BLOCK_T], 1.0, tl.float32)
         if GATE:
