@@ -5,7 +5,8 @@
 names a GEMM of M tokens (a bucket, or T of a call that is launched kernel by kernel): N x K is 2I x H for
 gate/up and H x I for down. The way is "wvsplitk" for the skinny GEMMs that decode runs without a sort, the
 name that tools look for (ROCm/vllm, pull request 896: `fused_moe_wvsplitk_int4`), and "grouped" after a sort.
-The other steps have no format: sorting and routing are MxKxE, combine is MxHxK. A replayed graph is one range
+The other steps have no format: sorting and routing are MxKxE, combine is MxHxK, rows as fixed-point numbers
+MxHx2 and MxIx2 for two bytes a column. A replayed graph is one range
 for the call, `fused_moe_graph_<format>` with B x H x I.
 """
 
@@ -48,6 +49,9 @@ def step_label(kernel: str, cfg: MoEConfig, weights_format: str, tokens: int) ->
         return label(way, tokens, cfg.hidden_size, cfg.intermediate_size, cfg)
     if step.startswith("combine"):
         return label(step, tokens, cfg.hidden_size, cfg.top_k, cfg)
+    if step.startswith("split"):
+        columns = cfg.hidden_size if step == "split_x" else cfg.intermediate_size
+        return label(step, tokens, columns, 2, cfg)
     return label(step, tokens, cfg.top_k, cfg.num_experts, cfg)
 
 

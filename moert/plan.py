@@ -13,8 +13,9 @@ from moert.arena import Field, layout
 
 STRATEGIES = ("none", "one_shot", "multi_phase")
 # portable tiles; weights streamed through shared memory (moert/steps/streaming), and the same for all rows of
-# an expert where nothing is sorted; warps that copy beside warps that multiply (moert/steps/specialised)
-KERNELS = ("tile", "stream", "gathered", "specialised")
+# an expert where nothing is sorted; warps that copy beside warps that multiply (moert/steps/specialised), and
+# these with fixed-point inputs (moert/steps/fixed_point)
+KERNELS = ("tile", "stream", "gathered", "specialised", "fixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,9 @@ class Choice:
                 raise ValueError(f"tile {tile}: kernel is not one of {', '.join(KERNELS)}")
             if tile.together & (tile.together - 1):
                 raise ValueError(f"tile {tile}: together is no power of two")
-            if (tile.kernel == "specialised" or tile.together > 1) and data["strategy"] == "none":
+            if (tile.kernel in ("specialised", "fixed") or tile.together > 1) and data[
+                "strategy"
+            ] == "none":
                 raise ValueError(f"tile {tile}: its kernels follow a sort")
             if tile.kernel == "gathered" and data["strategy"] != "none":
                 raise ValueError(f"tile {tile}: its kernels follow no sort")

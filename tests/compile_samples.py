@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from moert.backends import int4_tiles, specialised_tiles, triton_tiles
+from moert.backends import fixed_tiles, int4_tiles, specialised_tiles, triton_tiles
 from moert.backends.stream_choices import direct_choices, grouped_choices
 from moert.backends.stream_tiles import stream_shape
 from moert.cli.compile_variants import Layer, Variant, planned_launches
@@ -103,7 +103,8 @@ def sampled_specialised() -> list[Variant]:
         replace(ragged, dtype="float16", quant=Quant("int4", 128, symmetric=False)),
         replace(ragged, quant=Quant("int4", 32, symmetric=False)),
     ):
-        for tile in specialised_tiles.every_tile(cfg, facts):
+        tiles = [*specialised_tiles.every_tile(cfg, facts), *fixed_tiles.every_tile(cfg, facts)]
+        for tile in tiles:
             choice = Choice("multi_phase", tile, tile, facts.dependent_launch)
             launches = planned_launches(Layer(cfg).backend("sm_90"), 4096, choice, True)
             found += [
@@ -122,6 +123,8 @@ def specialised_bytes(variant: Variant) -> int:
         return specialised_tiles.specialised_shape(
             cfg, facts, variant.gemm_tile, up=up
         ).shared_bytes
+    if variant.gemm_tile.kernel == "fixed":
+        return fixed_tiles.fixed_shape(cfg, facts, variant.gemm_tile, up=up).shared_bytes
     shape = specialised_tiles.specialised_int4_shape(cfg, facts, variant.gemm_tile, up=up)
     return shape.shared_bytes
 

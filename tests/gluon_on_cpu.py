@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from ptx_on_cpu import execute
 
 SHORT, WORD = torch.int16, torch.int32
 _DTYPES = {
     name: getattr(torch, name)
-    for name in ("float16", "bfloat16", "float32", "int16", "int32", "int64")
+    for name in ("float16", "bfloat16", "float32", "int8", "int16", "int32", "int64")
 }
 _HERE = threading.local()
 
@@ -196,12 +197,15 @@ def _copy(stage: Shared, pointer: Pointer, mask: Any = None) -> None:
 def _allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape[0])
-    fill = float("nan") if dtype.is_floating_point else 0x5A5A5A5A
+    words = 0x5A5A5A5A if dtype.itemsize >= 4 else 0x5A
+    fill = float("nan") if dtype.is_floating_point else words
     return Shared(torch.full(tuple(shape), fill, dtype=dtype))
 
 
-def _product(a: Any, b: Any, acc: Value, is_async: bool = False) -> Value:
-    return Value(acc.data + a.data.float() @ b.data.float())
+def _product(a: Any, b: Any, acc: Value, use_acc: bool = True, is_async: bool = False) -> Value:
+    # whole numbers up to 2^24 are exact in float32; those of bytes stay far below
+    product = (a.data.float() @ b.data.float()).to(acc.dtype)
+    return Value(acc.data + product if use_acc else product)
 
 
 def _done(outstanding: int, deps: list[Any]) -> Any:
@@ -237,28 +241,17 @@ def _broadcast(left: Value, right: Value) -> tuple[Value, Value]:
     return tuple(Value(t) for t in torch.broadcast_tensors(left.data, right.data))  # type: ignore[return-value]
 
 
-def _numbers(assembly: str, args: list[Value], fp16: bool) -> Value:
-    """What `take_asm` and what follows it say, in plain operations."""
-    shift = int(assembly.split("shr.u32 t, $1, ")[1].split(";")[0])
-    dtype = torch.float16 if fp16 else torch.bfloat16
-    base = 0x6400 if fp16 else 0x4300
-    halves = []
-    for half in (0, 16):
-        bits = ((args[0].data.long() >> (shift + half)) & 0xF) | base
-        number = bits.to(SHORT).view(dtype)
-        if len(args) == 3:
-            offset, scale = ((a.data.long() >> half).to(SHORT).view(dtype) for a in args[1:])
-            number = (number + offset) * scale
-        halves.append(number.view(SHORT).long() & 0xFFFF)
-    return Value((halves[0] | (halves[1] << 16)).to(torch.int64).to(WORD))
-
-
 def _inline(
     assembly: Any, constraints: str, args: list[Any], dtype: Any, pure: bool, pack: int
 ) -> Value:
     text = str(getattr(assembly, "value", assembly))
-    words = torch.broadcast_tensors(*(torch.as_tensor(_data(a)) for a in args))
-    return _numbers(text, [Value(w) for w in words], "0x6400" in text)
+    words = [t.contiguous() for t in torch.broadcast_tensors(*(_data(a) for a in args))]
+    if pack == 1:
+        return Value(execute(text, words).to(WORD))
+    # as many neighbours as a word has bytes go in, and as many bytes come out
+    assert pack == 4 and dtype == torch.int8 and words[0].shape[-1] == 4
+    first = execute(text, [word[..., 0] for word in words])
+    return Value(torch.stack([(first >> shift).to(torch.int8) for shift in (0, 8, 16, 24)], -1))
 
 
 def _exact(value: Any) -> Any:

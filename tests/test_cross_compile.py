@@ -38,11 +38,13 @@ PORTABLE = {
 
 # what precedes a plan's kernels in a whole block: test_block_kernels.py compiles it for every device; what no
 # plan of the quick buckets sorts by: test_sorting_kernels.py does; nor gathers or multiplies by:
-# test_compile.py
+# test_compile.py; nor splits its inputs by: test_fixed_point.py
 ELSEWHERE = {
     *("router_logits_kernel", "router_logits_tiled_kernel", "routed_slots_kernel"),
     *("sort_one_shot_kernel", "gate_up_gathered_stream_kernel", "down_gathered_stream_kernel"),
     *("gate_up_specialised_tall_kernel", "down_specialised_tall_kernel"),
+    *("gate_up_specialised_fixed_kernel", "down_specialised_fixed_kernel"),
+    *("split_x_kernel", "split_h_kernel"),
 }
 
 

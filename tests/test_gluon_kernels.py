@@ -20,7 +20,7 @@ from runtime_cases import NAN, make_case
 
 from moert import ExpertWeights, MoEConfig
 from moert.arena import Arena, layout
-from moert.backends import specialised_tiles, stream_choices
+from moert.backends import fixed_tiles, specialised_tiles, stream_choices
 from moert.backends.triton import TritonBackend
 from moert.call import Call, call_key
 from moert.config import Quant
@@ -48,6 +48,7 @@ LAYERS = {
     "g128": MoEConfig(4, 2, 272, 144, dtype="float16", quant=Quant("int4", 128)),
     "g32, zero points": replace(PLAIN, quant=Quant("int4", 32, symmetric=False)),
     "a group a row": replace(PLAIN, quant=Quant("int4", -1)),
+    "g128, zero points": replace(PLAIN, quant=Quant("int4", 128, symmetric=False)),
     "g64, zero points, ungated": replace(UNGATED, quant=Quant("int4", 64, symmetric=False)),
 }
 TOLERANCE = 2e-3
@@ -72,6 +73,8 @@ def cases() -> Iterator[tuple[str, Choice, int]]:
         for tile in specialised_tiles.every_tile(cfg, FEW_UNITS):
             tokens = 150 if tile.bm <= 128 else 200
             yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), tokens
+        for tile in fixed_tiles.every_tile(cfg, FEW_UNITS):
+            yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), 60
 
 
 def gathers(choice: Choice) -> bool:
@@ -123,7 +126,7 @@ def test_results(name: str, choice: Choice, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("live", [0, 1, 7])
-@pytest.mark.parametrize("name", ["16 bits", "g32, zero points"])
+@pytest.mark.parametrize("name", ["16 bits", "g32, zero points", "g128, zero points"])
 def test_live_counts(name: str, live: int) -> None:
     """The first choice of each kind."""
     cfg = LAYERS[name]
@@ -133,8 +136,12 @@ def test_live_counts(name: str, live: int) -> None:
         (c for c in stream_choices.direct_choices(cfg, FEW_UNITS, 8) if gathers(c)),
         stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 9),
         specialised_tiles.choices(cfg, FEW_UNITS, "multi_phase", 1000.0),
+        fixed_tiles.choices(cfg, FEW_UNITS, "multi_phase", 1000.0),
     )
     for choices in kinds:
-        choice = next(choices)
+        choice = next(choices, None)
+        if choice is None:
+            assert choices is kinds[-1] and fixed_tiles.refuses(cfg, FEW_UNITS) is not None
+            continue
         tokens = 9 if choice.strategy != "none" else max(3, live)
         run(backend, replace(choice, dependent=False), tokens, live)

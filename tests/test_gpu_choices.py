@@ -11,7 +11,7 @@ from gpu_support import DEVICE, GUARD, Case, assert_close, make_case, runtime, v
 
 from moert import ExpertWeights, MoEConfig, MoERuntime, TopK
 from moert.arena import Arena, layout
-from moert.backends import specialised_tiles
+from moert.backends import fixed_tiles, specialised_tiles
 from moert.backends.base import Program
 from moert.backends.triton import TritonBackend
 from moert.config import Quant
@@ -93,11 +93,13 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     found = backend.candidates(bucket, STRATEGIES)
     portable = [choice for choice in found if kernels_of(choice) == {"tile"}]
     left_out = set(portable) if backend.cfg.quant is None else set(portable) - set(portable[::4])
-    specialised = [choice for choice in found if kernels_of(choice) == {"specialised"}]
+    own_warps = ({"specialised"}, {"fixed"})
+    specialised = [choice for choice in found if kernels_of(choice) in own_warps]
     tiles = specialised_tiles.every_tile(backend.cfg, backend.facts)
     if backend.cfg.quant is not None:
         # of int4 weights those of two products, some of which are offered for other numbers of rows
         tiles = [tile for tile in tiles if tile.bm.bit_count() > 1 and bucket > tile.bm]
+        tiles += fixed_tiles.every_tile(backend.cfg, backend.facts)
     if bucket >= 64:
         further = [Choice("one_shot", tile, tile, True) for tile in tiles]
         specialised = list(dict.fromkeys((*specialised, *further)))
@@ -271,8 +273,9 @@ def test_every_choice(name: str) -> None:
         ways = [f"{gemm}_{way}" for gemm in GEMMS for way in ("direct", "gathered", "grouped")]
         assert streams == ({f"{way}_stream_kernel" for way in ways} if served else set())
         hopper = torch.cuda.get_device_capability() == (9, 0)
-        # two products a step of 16-bit weights are kernels of their own
-        several = 2 if cfg.quant else 4
+        # two products a step of 16-bit weights are kernels of their own, and fixed-point inputs are
+        fixed = fixed_tiles.refuses(cfg, bench.backend.facts) is None
+        several = 4 if fixed or not cfg.quant else 2
         assert len(specialised) == (several if served and hopper else 0)
     assert len(portable) == (4 if cfg.quant else 0)
 

@@ -38,6 +38,8 @@ ANY = re.compile(r"fused_moe_(\w+) (\d+)x(\d+)x(\d+) E=(\d+) top_k=(\d+)")
         ("gate_up_grouped_kernel", "grouped_bf16 4x1536x2048"),
         ("down_grouped_kernel", "grouped_bf16 4x2048x768"),
         ("combine_kernel", "combine 4x2048x8"),
+        ("split_x_kernel", "split_x 4x2048x2"),
+        ("split_h_kernel", "split_h 4x768x2"),
         ("sort_one_shot_kernel", "sort_one_shot 4x8x128"),
         ("sort_place_kernel", "sort_place 4x8x128"),
         ("route", "route 4x8x128"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moert import MoEConfig, Quant
+from moert.backends.fixed_tiles import fixed_shape
 from moert.backends.int4_tiles import shared_bytes as int4_shared_bytes
 from moert.backends.specialised_tiles import specialised_int4_shape, specialised_shape
 from moert.backends.stream_tiles import stream_shape
@@ -55,6 +56,8 @@ def holds(choice: Choice, cfg: MoEConfig) -> bool:
         if tile.kernel in ("stream", "gathered"):
             direct = choice.strategy == "none" and tile.kernel == "stream"
             needed = stream_shape(cfg, tile, up=up, direct=direct).shared_bytes(direct)
+        elif tile.kernel == "fixed":
+            needed = fixed_shape(cfg, H200, tile, up=up).shared_bytes
         elif tile.kernel == "specialised":
             shaped = specialised_shape if cfg.quant is None else specialised_int4_shape
             needed = shaped(cfg, H200, tile, up=up).shared_bytes

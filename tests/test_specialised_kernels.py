@@ -31,11 +31,17 @@ def is_tall(variant: Variant) -> bool:
     return variant.gemm_tile.bm.bit_count() > 1
 
 
+def is_fixed(variant: Variant) -> bool:
+    """Whether inputs are fixed-point numbers."""
+    return "fixed" in variant.kernel
+
+
 def kind(variant: Variant) -> tuple[object, ...]:
     """The kernel, and what its tile changes of its code: of 16-bit weights, what the partitions share."""
     tile = variant.gemm_tile
     assert tile is not None
-    rows = tile.bm if variant.layer.cfg.quant is None else is_tall(variant)
+    own = variant.layer.cfg.quant is None or is_fixed(variant)
+    rows = tile.bm if own else is_tall(variant)
     return variant.kernel, tile.num_warps, tile.bk, rows
 
 
@@ -108,7 +114,9 @@ def test_every_product_is_fenced(variant: Variant, compiled: dict[Variant, str])
             fenced = products_a_step(variant) if event == "fence" else 0
 
 
-@pytest.mark.parametrize("variant", [v for v in SAMPLES if v.layer.cfg.quant], ids=id_of)
+@pytest.mark.parametrize(
+    "variant", [v for v in SAMPLES if v.layer.cfg.quant and not is_fixed(v)], ids=id_of
+)
 def test_a_stage_is_given_back_once_its_product_is_done(
     variant: Variant, compiled: dict[Variant, str]
 ) -> None:
@@ -125,6 +133,27 @@ def test_a_stage_is_given_back_once_its_product_is_done(
             assert following == "arrive"
             followers["copy"] += 1
     assert followers["done"] == found.count("done") > 0 and followers["copy"] == 1
+
+
+@pytest.mark.parametrize("variant", [v for v in SAMPLES if is_fixed(v)], ids=id_of)
+def test_a_stage_of_fixed_point_rows_is_given_back_once_its_products_are_done(
+    variant: Variant, compiled: dict[Variant, str]
+) -> None:
+    """Of both partitions, for each count of rows; then the copies."""
+    found = [event for event in events(compiled[variant]) if event not in ("load", "predecessor")]
+    tile, cfg = variant.gemm_tile, variant.layer.cfg
+    assert tile is not None and cfg.quant is not None
+    steps = -(-(cfg.hidden_size if "gate_up" in variant.kernel else cfg.intermediate_size) // 128)
+    begin, one = ["wait", "fence", "product"], ["product", "done", "done", "arrive"]
+    two = ["product", "done", *begin, "done", "arrive", *one]
+    partition = []
+    for rows in dict.fromkeys((tile.bm, max(8, tile.bm // 2), max(8, tile.bm // 4))):
+        if rows <= 16:
+            partition += begin + two
+        if rows > 16 or steps % 2:
+            partition += begin + one
+    copies = ["copy"] * (5 if cfg.quant.symmetric else 7)
+    assert found == [*partition, *partition, "wait", *copies, "arrive"]
 
 
 def copying(variant: Variant) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moert.backends import specialised_tiles, stream_choices
+from moert.backends import fixed_tiles, specialised_tiles, stream_choices
 from moert.backends.triton_tile_limits import is_rdna
 from moert.backends.triton_tiles import portable_rows
 from moert.config import MoEConfig
@@ -49,9 +49,11 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
     else:
         found = _sorted(cfg, facts, tokens, strategy)
         mean = rows / cfg.num_experts
-        specialised = specialised_tiles.default(cfg, facts, strategy, mean) if copied else None
-        if specialised is not None:
-            return specialised
+        if copied:
+            fixed = fixed_tiles.default(cfg, facts, strategy, mean)
+            specialised = fixed or specialised_tiles.default(cfg, facts, strategy, mean)
+            if specialised is not None:
+                return specialised
     return next(choice for choice in found if copied or _portable(choice))
 
 
@@ -95,6 +97,7 @@ def candidates(
         found |= dict.fromkeys(list(_sorted(cfg, facts, tokens, strategy))[:most])
         if most is None:
             mean = rows / cfg.num_experts
+            found |= dict.fromkeys(fixed_tiles.choices(cfg, facts, strategy, mean))
             found |= dict.fromkeys(specialised_tiles.choices(cfg, facts, strategy, mean))
     return list(found)
 

@@ -14,8 +14,16 @@ from typing import Any
 import torch
 
 from moert.arena import Field, absent_views
-from moert.backends import crowded_tiles, int4_tiles, specialised_tiles, stream_tiles, triton_tiles
+from moert.backends import (
+    crowded_tiles,
+    fixed_tiles,
+    int4_tiles,
+    specialised_tiles,
+    stream_tiles,
+    triton_tiles,
+)
 from moert.backends.base import Backend, BlockSteps, Program, Router, slot_fields
+from moert.backends.fixed_launches import fixed_fields
 from moert.backends.triton_block import TritonBlockSteps, logits_field
 from moert.backends.triton_launches import Views, direct_launches, grouped_launches
 from moert.backends.triton_router import make_router
@@ -74,9 +82,10 @@ class TritonBackend(Backend):
         tiles = choice.tiles
         if any(tile.kernel == "gathered" and tile.bm < tokens for tile in tiles):
             return False
-        if any(tile.kernel == "specialised" for tile in tiles):
-            special = [tile for tile in tiles if tile.kernel == "specialised"]
-            fits = [specialised_tiles.fits(self.cfg, self.facts, tile) for tile in special]
+        kinds = {"specialised": specialised_tiles, "fixed": fixed_tiles}
+        special = [tile for tile in tiles if tile.kernel in kinds]
+        if special:
+            fits = [kinds[tile.kernel].fits(self.cfg, self.facts, tile) for tile in special]
             return all(fits) and specialised_tiles.readable(self.weights)
         return all(t.kernel == "tile" for t in tiles) or stream_tiles.readable(self.weights)
 
@@ -95,7 +104,9 @@ class TritonBackend(Backend):
         # what runs in its place on the same arrays may have lower blocks
         least = triton_tiles.portable_rows(choice.gate_up.bm)
         sort = sort_fields(choice.strategy, tokens, *sizes, least)
-        return (*(Field(*f) for f in sort), h, y)
+        fixed = any(tile.kernel == "fixed" for tile in choice.tiles)
+        split = fixed_fields(cfg, tokens) if fixed else ()
+        return (*(Field(*f) for f in sort), h, y, *split)
 
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:
         return tuple(launch.name for launch in self._absent_launches(tokens, choice))

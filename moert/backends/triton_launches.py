@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moert.backends.fixed_launches import down_fixed, gate_up_fixed
 from moert.backends.int4_launches import down_int4, gate_up_int4
 from moert.backends.launch_parts import (
     activation_constants,
@@ -67,10 +68,13 @@ def _pair(
     views: Views,
 ) -> list[Launch]:
     up, down = tiles
-    return [
-        _gate_up(cfg, weights, facts, up, views, False),
-        _down(cfg, weights, facts, down, views, False),
-    ]
+    if up.kernel == "fixed":
+        first = gate_up_fixed(cfg, weights, facts, up, views)
+    else:
+        first = [_gate_up(cfg, weights, facts, up, views, False)]
+    if down.kernel == "fixed":
+        return [*first, *down_fixed(cfg, weights, facts, down, views)]
+    return [*first, _down(cfg, weights, facts, down, views, False)]
 
 
 def _gate_up(

@@ -22,7 +22,7 @@ def nibble(codes, v2: tl.constexpr, v1: tl.constexpr, v0: tl.constexpr):
 
 @triton.jit
 def _asm_pair(codes, P: tl.constexpr, FP16: tl.constexpr):
-    asm: tl.constexpr = widen_asm(P, FP16, True)
+    asm: tl.constexpr = widen_asm(P, FP16)
     return tl.inline_asm_elementwise(asm, "=r,r", [codes], tl.int32, True, 1)
 
 

@@ -13,7 +13,7 @@ from moert.steps.specialised.transposed import output_slots, packed_beyond, stor
 
 
 @gluon.jit
-def _finish(
+def finish(
     acc,
     first,
     packed,
@@ -23,14 +23,14 @@ def _finish(
     K: gl.constexpr,
     S: gl.constexpr,
 ):
-    """Weight and store sums [part_columns, N], output columns from `first` on, of the packed slots [N].
+    """Weight and store sums [rows of weights, N], output columns from `first` on, of the packed slots [N].
 
     Args:
         weights: address of the weight of the first of them.
     """
     L: gl.constexpr = acc.type.layout
     if bias_ptr is not None:
-        n = first + gl.arange(0, S.part_width, gl.SliceLayout(1, L))
+        n = first + gl.arange(0, acc.shape[0], gl.SliceLayout(1, L))
         bias = gl.load(bias_ptr + n, mask=n < S.columns, other=0.0)
         acc += gl.expand_dims(bias.to(gl.float32), 1)
     weight = gl.load(weights + gl.arange(0, acc.shape[1], gl.SliceLayout(0, L)))
@@ -65,10 +65,10 @@ def _one_tile(
     weights = sorted_weights + start
     if S.first < N:
         packed = output_slots(sorted_token_ids, start + S.first, S.second, S)
-        _finish(sums[1], first, packed, weights + S.first, bias_ptr, y_ptr, K, S)
+        finish(sums[1], first, packed, weights + S.first, bias_ptr, y_ptr, K, S)
     if not S.spare:
         packed = output_slots(sorted_token_ids, start, sums[0].shape[1], S)
-    _finish(sums[0], first, packed, weights, bias_ptr, y_ptr, K, S)
+    finish(sums[0], first, packed, weights, bias_ptr, y_ptr, K, S)
     return it
 
 

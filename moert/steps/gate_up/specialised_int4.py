@@ -20,7 +20,7 @@ from moert.steps.specialised.transposed import (
 
 
 @gluon.jit
-def _finish(
+def finish(
     acc,
     first,
     packed,
@@ -32,10 +32,10 @@ def _finish(
     ALPHA: gl.constexpr,
     S: gl.constexpr,
 ):
-    """Activate and store sums [part_columns, N], output columns from `first` on, of the packed slots [N]."""
+    """Activate and store sums [rows of weights, N], output columns from `first`, of the packed slots [N]."""
     gate, up = gate_and_up(acc, S)
     if bias_ptr is not None:
-        n = first + gl.arange(0, S.part_width, gl.SliceLayout(1, gate.type.layout))
+        n = first + gl.arange(0, gate.shape[0], gl.SliceLayout(1, gate.type.layout))
         n = gl.expand_dims(n, 1)
         gate, up = add_bias(gate, up, bias_ptr, n, S.columns, S.paired, False)
     h = activate(gate, up, ACTIVATION, S.paired, LIMIT, ALPHA)
@@ -72,10 +72,10 @@ def _one_tile(
         bias_ptr = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
     if S.first < N:
         packed = output_slots(sorted_token_ids, start + S.first, S.second, S)
-        _finish(sums[1], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+        finish(sums[1], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
     if not S.spare:
         packed = output_slots(sorted_token_ids, start, sums[0].shape[1], S)
-    _finish(sums[0], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+    finish(sums[0], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
     return it
 
 

@@ -45,11 +45,16 @@ def make_ring(DTYPE: gl.constexpr, S: gl.constexpr):
 
 @gluon.jit
 def block_and_tile(t, blocks, S: gl.constexpr):
-    """(block, tile) of piece of work t: S.side blocks go through the tiles side by side."""
+    """(block, tile) of piece of work t: S.side blocks go through the tiles side by side.
+
+    From tile to tile their order moves on by one, or a program, whose pieces are as far apart as there are
+    programs, would have all of its pieces of one or two blocks: some more rows than others.
+    """
     first = t // (S.side * S.tiles) * S.side
     side = gl.minimum(blocks - first, S.side)
     inside = t % (S.side * S.tiles)
-    return first + inside % side, inside // side
+    tile = inside // side
+    return first + (inside + tile) % side, tile
 
 
 @gluon.jit

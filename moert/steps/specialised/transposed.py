@@ -57,15 +57,16 @@ def no_sums(N: gl.constexpr, S: gl.constexpr):
 
 @gluon.jit
 def gate_and_up(acc, S: gl.constexpr):
-    """Sums [part_columns, N] as gate and up [part_width, N]; the same twice where there is no gate."""
+    """Sums [rows of weights, N] as gate and up [output columns, N]; the same twice where there is no gate."""
     gate = acc
     up = acc
     if S.paired:
+        WIDTH: gl.constexpr = acc.shape[0] // 2
         N: gl.constexpr = acc.shape[1]
-        halves = gl.reshape(acc, (S.part_width // TOGETHER, 2, TOGETHER, N))
+        halves = gl.reshape(acc, (WIDTH // TOGETHER, 2, TOGETHER, N))
         gate, up = gl.split(gl.permute(halves, (0, 2, 3, 1)))
-        gate = gl.reshape(gate, (S.part_width, N))
-        up = gl.reshape(up, (S.part_width, N))
+        gate = gl.reshape(gate, (WIDTH, N))
+        up = gl.reshape(up, (WIDTH, N))
     return gate, up
 
 

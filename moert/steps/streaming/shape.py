@@ -67,6 +67,11 @@ class StreamShape(WeightTiles):
         return 1 if self.int4 else 4
 
     @property
+    def few_shifts(self) -> bool:
+        """Whether codes are widened with a register more and fewer shifts, see `widen.py`."""
+        return self.together == 1
+
+    @property
     def warps(self) -> int:
         return self.split * self.row_warps
 
