@@ -35,17 +35,35 @@ T=256: 444 for 558. Tried and lost: 192 rows of weights by three partitions (823
 of 128 by 128 rows of weights in long steps (870 for 711, 556 for 444), of 80 by 128 (491 for 444). With 16
 rows an expert (T=64), or 32 (E=128 K=8 H=2048 I=768, T=512), neither won anything.
 
+int4 weights and fixed-point inputs (`moert/steps/fixed_point`), where experts have few to some dozen rows:
+codes are signed bytes after half an instruction, x is two of them, both rows of 2 n columns of the
+instruction, and the sums of 128 columns, whole numbers, are scaled and added up in float32. 128 rows of
+weights a partition, two products of 64, so that one is under way while the other is scaled; up to 16 rows two
+steps together. What bounds them, by a profiler, E=8 K=2 H=4096 I=14336, T=64, gate/up: 62% of issue slots and
+34% of the matrix unit, which hardly overlap; the memory is busy 64%. On an H200, us, before and with them:
+that layer, T=16 182 and 176, T=32 244 and 183, T=64 282 and 214; E=128 K=8 H=2048 I=768, T=256 142 and 119;
+E=256 K=8 H=7168 I=256, T=512 345 and 287. Tried and lost: a product at a time (T=64 above: 236 for 224); four
+partitions of 64 rows of weights (228; E=256, T=512: 303 for 281); blocks of 64 rows in products of 32 (T=128
+above: 348 for 328 of blocks of 64 without fixed point; E=128, T=512: 192 for 171); groups of 32 columns
+(E=128 K=4 H=I=2880, T=128: 532 for 481); a product left under way from one iteration to the next (ptxas waits
+for each); two steps together of 32 rows (spills, 3% more).
+
+Blocks that go through the tiles side by side change their order from tile to tile: programs are a multiple of
+4, and with eight blocks each had all its pieces of the same two, so that units with fuller blocks were busy a
+third longer than others. E=8 K=2 H=4096 I=14336, us, before and after: bfloat16, T=512 835 and 784 to 806;
+int4, T=128 346 and 328, T=256 437 and 428.
+
 Figures of an H200 in microseconds a layer, sort and combine included, against the best of all other kernels;
 what whole layers take is in README.md.
 
     weights    E, K, H, I                T   specialised   other
-    int4       8, 2, 4096, 14336       128           354     396
-    int4       8, 2, 4096, 14336       512           711    1070
+    int4       8, 2, 4096, 14336       128           328     396
+    int4       8, 2, 4096, 14336       512           649    1070
     int4       128, 8, 2048, 768       512           180     211
     int4       256, 8, 7168, 256       512           340     382
-    bfloat16   8, 2, 4096, 14336       256           701     752
-    bfloat16   8, 2, 4096, 14336       512           875    1176
-    bfloat16   8, 2, 4096, 14336      4096          4826    5518
+    bfloat16   8, 2, 4096, 14336       256           695     752
+    bfloat16   8, 2, 4096, 14336       512           807    1176
+    bfloat16   8, 2, 4096, 14336      4096          4772    5518
 
 Below 16 to 24 rows an expert (int4; 16 to 32 in 16 bits) others are ahead: E=128 K=8 H=2048 I=768 in int4 at
 T=128, 8 rows: 141 for 98. Tried and lost: int4 blocks of 128 rows that always multiply 128 columns (T=512
