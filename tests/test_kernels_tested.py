@@ -24,6 +24,7 @@ from code_size import ROOT
 pytest.importorskip("triton")
 
 from expert_cases import make_weights, relative_error
+from fixed_point_cases import checked_splits
 from runtime_cases import TOLERANCE, make_case
 
 import moert.backends.triton as triton_backend
@@ -128,6 +129,8 @@ def test_every_kernel_of_a_shipped_plan_is_tested(monkeypatch: pytest.MonkeyPatc
     )
     tiles = next(c for c in sorted_choices if c.gate_up is not None and c.gate_up.kernel == "tile")
     ran |= set(checked(tiles, False, monkeypatch, MANY_TOKENS))
+    # they precede kernels that the interpreter cannot run
+    ran |= set(checked_splits(True, None))
     named = {kernel for record in records() for kernel in kernels_of(*record)}
     assert len(named) > 5
     assert named - ran - GPU_ONLY.keys() == set()

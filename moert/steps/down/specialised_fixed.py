@@ -10,8 +10,8 @@ from moert.steps.down.specialised_int4 import finish
 from moert.steps.specialised.fixed_pipeline import multiply_fixed_tile
 from moert.steps.specialised.fixed_ring import copy_fixed_tiles, make_fixed_ring
 from moert.steps.specialised.fixed_shape import PIECES as _PIECES
-from moert.steps.specialised.pipeline import block_and_tile, first_column
-from moert.steps.specialised.transposed import output_slots, packed_beyond
+from moert.steps.specialised.pipeline import first_column
+from moert.steps.specialised.transposed import each_tile, output_slots
 
 PIECES = gl.constexpr(_PIECES)
 
@@ -23,27 +23,29 @@ def _one_tile(
     rows,
     block,
     tile,
-    sorted_weights,
-    b2_ptr,
-    y_ptr,
+    args,
     K: gl.constexpr,
     PARTITION: gl.constexpr,
     N: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One tile of the first N rows of a block; returns the count of steps so far."""
+    """One tile of the first N rows of a block; returns the count of steps so far.
+
+    Args:
+        args: the routing weights of the sorted slots, biases, and y.
+    """
     sorted_token_ids, sorted_expert_ids, _ = rows
     sums, it = multiply_fixed_tile(ring, it, PARTITION, N, S)
     start = block * S.bm
     first = first_column(tile, PARTITION, S)
-    bias_ptr = b2_ptr
-    if b2_ptr is not None:
-        bias_ptr = b2_ptr + gl.load(sorted_expert_ids + block).to(gl.int64) * S.columns
-    weights = sorted_weights + start
+    bias_ptr = args[1]
+    if args[1] is not None:
+        bias_ptr = args[1] + gl.load(sorted_expert_ids + block).to(gl.int64) * S.columns
+    weights = args[0] + start
     packed = output_slots(sorted_token_ids, start, N, S)
     for part in gl.static_range(PIECES):
         column = first + part * S.piece_width
-        finish(sums[part], column, packed, weights, bias_ptr, y_ptr, K, S)
+        finish(sums[part], column, packed, weights, bias_ptr, args[2], K, S)
     return it
 
 
@@ -58,34 +60,7 @@ def _multiply(
     PARTITION: gl.constexpr,
     S: gl.constexpr,
 ):
-    sorted_token_ids, _, blocks = rows
-    it = 0
-    beyond_fewer, beyond_fewest = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.fewer, S.fewest, S
-    )
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        # of the next tile, there when this one is done
-        next_fewer, next_fewest = packed_beyond(
-            sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
-        )
-        if (beyond_fewer >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
-            )
-        elif S.fewest == S.fewer:  # or the same code would be there twice
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewer, S
-            )
-        elif (beyond_fewest >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewer, S
-            )
-        else:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewest, S
-            )  # fmt: skip
-        beyond_fewer, beyond_fewest = next_fewer, next_fewest
+    each_tile(_one_tile, ring, rows, (sorted_weights, b2_ptr, y_ptr), K, PARTITION, S)
 
 
 @gluon.jit

@@ -8,8 +8,8 @@ from triton.experimental.gluon import language as gl
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.specialised.int4_pipeline import multiply_int4_tile
 from moert.steps.specialised.int4_ring import copy_int4_tiles, make_int4_ring
-from moert.steps.specialised.pipeline import block_and_tile, first_column
-from moert.steps.specialised.transposed import output_slots, packed_beyond, store_results
+from moert.steps.specialised.pipeline import first_column
+from moert.steps.specialised.transposed import each_tile, output_slots, store_results
 
 
 @gluon.jit
@@ -44,31 +44,33 @@ def _one_tile(
     rows,
     block,
     tile,
-    sorted_weights,
-    b2_ptr,
-    y_ptr,
+    args,
     K: gl.constexpr,
     PARTITION: gl.constexpr,
     N: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One tile of the first N rows of a block; returns the count of steps so far."""
+    """One tile of the first N rows of a block; returns the count of steps so far.
+
+    Args:
+        args: the routing weights of the sorted slots, biases, and y.
+    """
     sorted_token_ids, sorted_expert_ids, _ = rows
     if S.spare:
         packed = output_slots(sorted_token_ids, block * S.bm, N, S)
     sums, it = multiply_int4_tile(ring, it, PARTITION, N, S)
     start = block * S.bm
     first = first_column(tile, PARTITION, S)
-    bias_ptr = b2_ptr
-    if b2_ptr is not None:
-        bias_ptr = b2_ptr + gl.load(sorted_expert_ids + block).to(gl.int64) * S.columns
-    weights = sorted_weights + start
+    bias_ptr = args[1]
+    if args[1] is not None:
+        bias_ptr = args[1] + gl.load(sorted_expert_ids + block).to(gl.int64) * S.columns
+    weights = args[0] + start
     if S.first < N:
         packed = output_slots(sorted_token_ids, start + S.first, S.second, S)
-        finish(sums[1], first, packed, weights + S.first, bias_ptr, y_ptr, K, S)
+        finish(sums[1], first, packed, weights + S.first, bias_ptr, args[2], K, S)
     if not S.spare:
         packed = output_slots(sorted_token_ids, start, sums[0].shape[1], S)
-    finish(sums[0], first, packed, weights, bias_ptr, y_ptr, K, S)
+    finish(sums[0], first, packed, weights, bias_ptr, args[2], K, S)
     return it
 
 
@@ -83,39 +85,7 @@ def _multiply(
     PARTITION: gl.constexpr,
     S: gl.constexpr,
 ):
-    sorted_token_ids, _, blocks = rows
-    it = 0
-    beyond_fewer, beyond_fewest = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.fewer, S.fewest, S
-    )
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        if S.spare:
-            # of the next tile, there when this one is done
-            next_fewer, next_fewest = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
-            )
-        if (beyond_fewer >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
-            )
-        elif S.fewest == S.fewer:  # or the same code would be there twice
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewer, S
-            )
-        elif (beyond_fewest >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewer, S
-            )
-        else:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.fewest, S
-            )  # fmt: skip
-        if not S.spare:
-            next_fewer, next_fewest = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
-            )
-        beyond_fewer, beyond_fewest = next_fewer, next_fewest
+    each_tile(_one_tile, ring, rows, (sorted_weights, b2_ptr, y_ptr), K, PARTITION, S)
 
 
 @gluon.jit

@@ -7,9 +7,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
-from moert.steps.specialised.pipeline import block_and_tile, copy_tiles, first_column, make_ring
+from moert.steps.specialised.pipeline import copy_tiles, first_column, make_ring
 from moert.steps.specialised.tall_pipeline import multiply_tall_tile, split_slots
-from moert.steps.specialised.transposed import output_slots, packed_beyond, store_results
+from moert.steps.specialised.transposed import each_tile, output_slots, store_results
 
 
 @gluon.jit
@@ -51,26 +51,28 @@ def _one_tile(
     rows,
     block,
     tile,
-    sorted_weights,
-    b2_ptr,
-    y_ptr,
+    args,
     K: gl.constexpr,
     PARTITION: gl.constexpr,
     N: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One tile of the first N rows of a block; returns the count of steps so far."""
+    """One tile of the first N rows of a block; returns the count of steps so far.
+
+    Args:
+        args: the routing weights of the sorted slots, biases, and y.
+    """
     sorted_token_ids, sorted_expert_ids, _ = rows
     sums, it = multiply_tall_tile(ring, it, PARTITION, N, S)
-    bias_ptr = b2_ptr
-    if b2_ptr is not None:
-        bias_ptr = b2_ptr + gl.load(sorted_expert_ids + block).to(gl.int64) * S.columns
+    bias_ptr = args[1]
+    if args[1] is not None:
+        bias_ptr = args[1] + gl.load(sorted_expert_ids + block).to(gl.int64) * S.columns
     first = first_column(tile, PARTITION, S)
     start = block * S.bm
     if S.first < N:
         second = start + S.first
-        _finish(sums[1], first, second, sorted_token_ids, sorted_weights, bias_ptr, y_ptr, K, S)
-    _finish(sums[0], first, start, sorted_token_ids, sorted_weights, bias_ptr, y_ptr, K, S)
+        _finish(sums[1], first, second, sorted_token_ids, args[0], bias_ptr, args[2], K, S)
+    _finish(sums[0], first, start, sorted_token_ids, args[0], bias_ptr, args[2], K, S)
     return it
 
 
@@ -85,30 +87,7 @@ def _multiply(
     PARTITION: gl.constexpr,
     S: gl.constexpr,
 ):
-    sorted_token_ids, _, blocks = rows
-    it = 0
-    beyond_first, beyond_half = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.first, S.half, S
-    )
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        # of the next tile, there when this one is done
-        next_first, next_half = packed_beyond(
-            sorted_token_ids, t + S.programs, blocks, S.first, S.half, S
-        )
-        if (beyond_first >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.bm, S
-            )
-        elif (beyond_half >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.first, S
-            )
-        else:
-            it = _one_tile(
-                ring, it, rows, block, tile, sorted_weights, b2_ptr, y_ptr, K, PARTITION, S.half, S
-            )
-        beyond_first, beyond_half = next_first, next_half
+    each_tile(_one_tile, ring, rows, (sorted_weights, b2_ptr, y_ptr), K, PARTITION, S)
 
 
 @gluon.jit

@@ -10,8 +10,8 @@ from moert.steps.gate_up.specialised_int4 import finish
 from moert.steps.specialised.fixed_pipeline import multiply_fixed_tile
 from moert.steps.specialised.fixed_ring import copy_fixed_tiles, make_fixed_ring
 from moert.steps.specialised.fixed_shape import PIECES as _PIECES
-from moert.steps.specialised.pipeline import block_and_tile, first_column
-from moert.steps.specialised.transposed import output_slots, packed_beyond
+from moert.steps.specialised.pipeline import first_column
+from moert.steps.specialised.transposed import each_tile, output_slots
 
 PIECES = gl.constexpr(_PIECES)
 
@@ -23,29 +23,29 @@ def _one_tile(
     rows,
     block,
     tile,
-    b13_ptr,
-    h_ptr,
+    args,
     K: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    LIMIT: gl.constexpr,
-    ALPHA: gl.constexpr,
     PARTITION: gl.constexpr,
     N: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One tile of the first N rows of a block; returns the count of steps so far."""
+    """One tile of the first N rows of a block; returns the count of steps so far.
+
+    Args:
+        args: biases, h, and what `activate` is compiled for.
+    """
     sorted_token_ids, sorted_expert_ids, _ = rows
     sums, it = multiply_fixed_tile(ring, it, PARTITION, N, S)
     start = block * S.bm
     first = first_column(tile, PARTITION, S)
-    bias_ptr = b13_ptr
-    if b13_ptr is not None:
+    bias_ptr = args[0]
+    if args[0] is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        bias_ptr = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
+        bias_ptr = args[0] + expert * (S.columns * (2 if S.paired else 1))
     packed = output_slots(sorted_token_ids, start, N, S)
     for part in gl.static_range(PIECES):
         column = first + part * S.piece_width
-        finish(sums[part], column, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+        finish(sums[part], column, packed, bias_ptr, args[1], K, args[2], args[3], args[4], S)
     return it
 
 
@@ -62,38 +62,7 @@ def _multiply(
     PARTITION: gl.constexpr,
     S: gl.constexpr,
 ):
-    sorted_token_ids, _, blocks = rows
-    it = 0
-    beyond_fewer, beyond_fewest = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.fewer, S.fewest, S
-    )
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        # of the next tile, there when this one is done
-        next_fewer, next_fewest = packed_beyond(
-            sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
-        )
-        if (beyond_fewer >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
-            )  # fmt: skip
-        elif S.fewest == S.fewer:  # or the same code would be there twice
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewer, S,
-            )  # fmt: skip
-        elif (beyond_fewest >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewer, S,
-            )  # fmt: skip
-        else:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewest, S,
-            )  # fmt: skip
-        beyond_fewer, beyond_fewest = next_fewer, next_fewest
+    each_tile(_one_tile, ring, rows, (b13_ptr, h_ptr, ACTIVATION, LIMIT, ALPHA), K, PARTITION, S)
 
 
 @gluon.jit

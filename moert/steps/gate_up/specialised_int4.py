@@ -10,11 +10,11 @@ from moert.steps.dependent_launch import let_successor_start, wait_for_predecess
 from moert.steps.gate_up.triton import add_bias
 from moert.steps.specialised.int4_pipeline import multiply_int4_tile
 from moert.steps.specialised.int4_ring import copy_int4_tiles, make_int4_ring
-from moert.steps.specialised.pipeline import block_and_tile, first_column
+from moert.steps.specialised.pipeline import first_column
 from moert.steps.specialised.transposed import (
+    each_tile,
     gate_and_up,
     output_slots,
-    packed_beyond,
     store_results,
 )
 
@@ -49,33 +49,33 @@ def _one_tile(
     rows,
     block,
     tile,
-    b13_ptr,
-    h_ptr,
+    args,
     K: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    LIMIT: gl.constexpr,
-    ALPHA: gl.constexpr,
     PARTITION: gl.constexpr,
     N: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One tile of the first N rows of a block; returns the count of steps so far."""
+    """One tile of the first N rows of a block; returns the count of steps so far.
+
+    Args:
+        args: biases, h, and what `activate` is compiled for.
+    """
     sorted_token_ids, sorted_expert_ids, _ = rows
     if S.spare:
         packed = output_slots(sorted_token_ids, block * S.bm, N, S)
     sums, it = multiply_int4_tile(ring, it, PARTITION, N, S)
     start = block * S.bm
     first = first_column(tile, PARTITION, S)
-    bias_ptr = b13_ptr
-    if b13_ptr is not None:
+    bias_ptr = args[0]
+    if args[0] is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        bias_ptr = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
+        bias_ptr = args[0] + expert * (S.columns * (2 if S.paired else 1))
     if S.first < N:
         packed = output_slots(sorted_token_ids, start + S.first, S.second, S)
-        finish(sums[1], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+        finish(sums[1], first, packed, bias_ptr, args[1], K, args[2], args[3], args[4], S)
     if not S.spare:
         packed = output_slots(sorted_token_ids, start, sums[0].shape[1], S)
-    finish(sums[0], first, packed, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S)
+    finish(sums[0], first, packed, bias_ptr, args[1], K, args[2], args[3], args[4], S)
     return it
 
 
@@ -92,43 +92,7 @@ def _multiply(
     PARTITION: gl.constexpr,
     S: gl.constexpr,
 ):
-    sorted_token_ids, _, blocks = rows
-    it = 0
-    beyond_fewer, beyond_fewest = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.fewer, S.fewest, S
-    )
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        if S.spare:
-            # of the next tile, there when this one is done
-            next_fewer, next_fewest = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
-            )
-        if (beyond_fewer >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
-            )  # fmt: skip
-        elif S.fewest == S.fewer:  # or the same code would be there twice
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewer, S,
-            )  # fmt: skip
-        elif (beyond_fewest >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewer, S,
-            )  # fmt: skip
-        else:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.fewest, S,
-            )  # fmt: skip
-        if not S.spare:
-            next_fewer, next_fewest = packed_beyond(
-                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
-            )
-        beyond_fewer, beyond_fewest = next_fewer, next_fewest
+    each_tile(_one_tile, ring, rows, (b13_ptr, h_ptr, ACTIVATION, LIMIT, ALPHA), K, PARTITION, S)
 
 
 @gluon.jit

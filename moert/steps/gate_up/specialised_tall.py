@@ -9,12 +9,12 @@ from triton.experimental.gluon import language as gl
 from moert.steps.activation.triton import activate
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
-from moert.steps.specialised.pipeline import block_and_tile, copy_tiles, first_column, make_ring
+from moert.steps.specialised.pipeline import copy_tiles, first_column, make_ring
 from moert.steps.specialised.tall_pipeline import multiply_tall_tile, split_slots
 from moert.steps.specialised.transposed import (
+    each_tile,
     gate_and_up,
     output_slots,
-    packed_beyond,
     store_results,
 )
 
@@ -86,32 +86,32 @@ def _one_tile(
     rows,
     block,
     tile,
-    b13_ptr,
-    h_ptr,
+    args,
     K: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    LIMIT: gl.constexpr,
-    ALPHA: gl.constexpr,
     PARTITION: gl.constexpr,
     N: gl.constexpr,
     S: gl.constexpr,
 ):
-    """One tile of the first N rows of a block; returns the count of steps so far."""
+    """One tile of the first N rows of a block; returns the count of steps so far.
+
+    Args:
+        args: biases, h, and what `activate` is compiled for.
+    """
     sorted_token_ids, sorted_expert_ids, _ = rows
     sums, it = multiply_tall_tile(ring, it, PARTITION, N, S)
-    bias_ptr = b13_ptr
-    if b13_ptr is not None:
+    bias_ptr = args[0]
+    if args[0] is not None:
         expert = gl.load(sorted_expert_ids + block).to(gl.int64)
-        bias_ptr = b13_ptr + expert * (S.columns * (2 if S.paired else 1))
+        bias_ptr = args[0] + expert * (S.columns * (2 if S.paired else 1))
     first = first_column(tile, PARTITION, S)
     start = block * S.bm
     if S.first < N:
         _split_and_finish(
-            sums[1], first, start + S.first, sorted_token_ids, bias_ptr, h_ptr,
-            K, ACTIVATION, LIMIT, ALPHA, S,
+            sums[1], first, start + S.first, sorted_token_ids, bias_ptr, args[1],
+            K, args[2], args[3], args[4], S,
         )  # fmt: skip
     _split_and_finish(
-        sums[0], first, start, sorted_token_ids, bias_ptr, h_ptr, K, ACTIVATION, LIMIT, ALPHA, S
+        sums[0], first, start, sorted_token_ids, bias_ptr, args[1], K, args[2], args[3], args[4], S
     )
     return it
 
@@ -129,33 +129,7 @@ def _multiply(
     PARTITION: gl.constexpr,
     S: gl.constexpr,
 ):
-    sorted_token_ids, _, blocks = rows
-    it = 0
-    beyond_first, beyond_half = packed_beyond(
-        sorted_token_ids, gl.program_id(0), blocks, S.first, S.half, S
-    )
-    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
-        block, tile = block_and_tile(t, blocks, S)
-        # of the next tile, there when this one is done
-        next_first, next_half = packed_beyond(
-            sorted_token_ids, t + S.programs, blocks, S.first, S.half, S
-        )
-        if (beyond_first >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.bm, S,
-            )  # fmt: skip
-        elif (beyond_half >> 24) < K:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.first, S,
-            )  # fmt: skip
-        else:
-            it = _one_tile(
-                ring, it, rows, block, tile, b13_ptr, h_ptr,
-                K, ACTIVATION, LIMIT, ALPHA, PARTITION, S.half, S,
-            )  # fmt: skip
-        beyond_first, beyond_half = next_first, next_half
+    each_tile(_one_tile, ring, rows, (b13_ptr, h_ptr, ACTIVATION, LIMIT, ALPHA), K, PARTITION, S)
 
 
 @gluon.jit

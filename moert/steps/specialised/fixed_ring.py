@@ -9,6 +9,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moert.steps.fixed_point.layout import STEP as _STEP
 from moert.steps.specialised.fixed_shape import PARTITIONS as _PARTITIONS
+from moert.steps.specialised.int4_ring import code_words
+from moert.steps.specialised.pipeline import input_row
 from moert.steps.specialised.transposed import piece
 
 STEP = gl.constexpr(_STEP)
@@ -46,16 +48,6 @@ def make_fixed_ring(DTYPE: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def _row(packed, BY_TOKEN: gl.constexpr, K: gl.constexpr):
-    """The row of inputs of a packed slot, and whether there is one."""
-    live = (packed >> 24) < K  # padding slots carry K
-    row = packed & 0xFFFFFF
-    if not BY_TOKEN:
-        row = row * K + (packed >> 24)
-    return gl.where(live, row, 0).to(gl.int64), live
-
-
-@gluon.jit
 def _copy_tile(
     ring,
     it,
@@ -79,17 +71,9 @@ def _copy_tile(
     planes_ptr, worth_ptr, sums_ptr = inputs
     codes_ptr, scales_ptr, zeros_ptr = w
     tile = tile * S.row_tiles
-    C: gl.constexpr = S.copy_codes
-    t = tile + gl.arange(0, S.row_tiles, gl.SliceLayout(1, gl.SliceLayout(2, C)))
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, C)))
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, C)))
-    inner = gl.expand_dims(gl.expand_dims(lane * 4, 0), 2) + gl.expand_dims(
-        gl.expand_dims(word, 0), 0
-    )
     # 32 bits within an expert: half the registers of pointers
     codes_ptr += expert * (S.all_tiles * S.row_blocks * 128)
-    words = gl.expand_dims(gl.expand_dims(t * (S.row_blocks * 128), 1), 2) + inner
-    has_words = gl.expand_dims(gl.expand_dims(t < S.all_tiles, 1), 2) & (inner >= 0)
+    words, has_words = code_words(tile, S.row_tiles, S)
     r = gl.arange(0, S.bn, S.copy_values)
     value_tile = tile + r // 16
     before = expert * (S.all_tiles * S.groups * 16)
@@ -97,12 +81,12 @@ def _copy_tile(
     has_values = value_tile < S.all_tiles
     x_packed, worth_packed = packed
     X: gl.constexpr = S.copies
-    row, live = _row(x_packed, BY_TOKEN, K)
+    row, live = input_row(x_packed, BY_TOKEN, K)
     plane = gl.arange(0, 2 * S.bm, gl.SliceLayout(1, X)) % 2
     k = gl.arange(0, STEP, gl.SliceLayout(0, X))
     x_offsets = gl.expand_dims(row * (2 * S.padded) + plane * S.padded, 1) + gl.expand_dims(k, 0)
     x_live = gl.expand_dims(live, 1) & gl.expand_dims(k >= 0, 0)
-    worth_row, worth_live = _row(worth_packed, BY_TOKEN, K)
+    worth_row, worth_live = input_row(worth_packed, BY_TOKEN, K)
     worth_row *= S.steps
     for step in range(S.steps):
         slot = it % S.stages

@@ -111,6 +111,11 @@ class FixedShape(WeightTiles):
     def fewest(self) -> int:
         return max(8, self.bm // 4)
 
+    @property
+    def spare(self) -> bool:
+        """Whether registers are left for what is loaded ahead of all products of a tile."""
+        return True
+
     def in_twos(self, n: int) -> bool:
         """Whether a partition takes two steps together: where registers last for three products of n rows."""
         return n <= 16

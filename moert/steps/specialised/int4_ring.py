@@ -41,6 +41,21 @@ def make_int4_ring(DTYPE: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def code_words(tile, TILES: gl.constexpr, S: gl.constexpr):
+    """Offsets [TILES, 32, 4] within an expert of the first block's words of row tiles from `tile` on, and
+    whether they are there."""
+    C: gl.constexpr = S.copy_codes
+    t = tile + gl.arange(0, TILES, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, C)))
+    inner = gl.expand_dims(gl.expand_dims(lane * 4, 0), 2) + gl.expand_dims(
+        gl.expand_dims(word, 0), 0
+    )
+    words = gl.expand_dims(gl.expand_dims(t * (S.row_blocks * 128), 1), 2) + inner
+    return words, gl.expand_dims(gl.expand_dims(t < S.all_tiles, 1), 2) & (inner >= 0)
+
+
+@gluon.jit
 def _copy_tile(ring, it, x_ptr, x, w, expert, tile, S: gl.constexpr):
     """Copy all steps of one tile into the ring, as places become empty; returns the count of steps so far.
 
@@ -51,17 +66,9 @@ def _copy_tile(ring, it, x_ptr, x, w, expert, tile, S: gl.constexpr):
     codes, scales, zeros, full, empty = ring[-5], ring[-4], ring[-3], ring[-2], ring[-1]
     codes_ptr, scales_ptr, zeros_ptr = w
     tile = tile * (2 * S.row_tiles)
-    C: gl.constexpr = S.copy_codes
-    t = tile + gl.arange(0, 2 * S.row_tiles, gl.SliceLayout(1, gl.SliceLayout(2, C)))
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, C)))
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, C)))
-    inner = gl.expand_dims(gl.expand_dims(lane * 4, 0), 2) + gl.expand_dims(
-        gl.expand_dims(word, 0), 0
-    )
     # 32 bits within an expert: half the registers of pointers
     codes_ptr += expert * (S.all_tiles * S.row_blocks * 128)
-    words = gl.expand_dims(gl.expand_dims(t * (S.row_blocks * 128), 1), 2) + inner
-    has_words = gl.expand_dims(gl.expand_dims(t < S.all_tiles, 1), 2) & (inner >= 0)
+    words, has_words = code_words(tile, 2 * S.row_tiles, S)
     V: gl.constexpr = S.copy_values
     part = gl.arange(0, S.step_groups, gl.SliceLayout(1, V))
     r = gl.arange(0, S.bn, gl.SliceLayout(0, V))

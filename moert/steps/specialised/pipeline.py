@@ -78,13 +78,20 @@ def input_rows(
 
 
 @gluon.jit
-def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr, S: gl.constexpr):
-    """`input_rows` of packed slots."""
+def input_row(packed, BY_TOKEN: gl.constexpr, K: gl.constexpr):
+    """The rows of inputs of packed slots, and whether there is one; BY_TOKEN as for `input_rows`."""
     live = (packed >> 24) < K  # padding slots carry K
     row = packed & 0xFFFFFF
     if not BY_TOKEN:
         row = row * K + (packed >> 24)
-    rows = gl.where(live, row, 0).to(gl.int64) * stride
+    return gl.where(live, row, 0).to(gl.int64), live
+
+
+@gluon.jit
+def packed_rows(packed, stride, BY_TOKEN: gl.constexpr, K: gl.constexpr, S: gl.constexpr):
+    """`input_rows` of packed slots."""
+    row, live = input_row(packed, BY_TOKEN, K)
+    rows = row * stride
     k = gl.arange(0, COLUMNS, gl.SliceLayout(0, S.copies))
     return gl.expand_dims(rows, 1) + gl.expand_dims(k, 0), gl.expand_dims(live, 1)
 

@@ -26,9 +26,18 @@ class TallShape(SpecialisedShape):
         return FIRST
 
     @property
-    def half(self) -> int:
-        """Columns of the first product where a block has rows for no more."""
+    def fewer(self) -> int:
+        """Rows that are multiplied where a block has no more, and so on."""
+        return self.first
+
+    @property
+    def fewest(self) -> int:
         return self.first // 2
+
+    @property
+    def spare(self) -> bool:
+        """Whether registers are left for what is loaded ahead of all products of a tile."""
+        return True
 
     @property
     def by_rows(self) -> bool:

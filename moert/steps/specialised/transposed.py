@@ -78,3 +78,49 @@ def store_results(results, first, packed, out_ptr, K: gl.constexpr, S: gl.conste
     row = ((packed & 0xFFFFFF) * K + (packed >> 24)).to(gl.int64)
     mask = gl.expand_dims((packed >> 24) < K, 0) & (n < S.columns)
     gl.store(gl.expand_dims(out_ptr + row * S.columns, 0) + n, values, mask=mask)
+
+
+@gluon.jit
+def each_tile(
+    ONE_TILE: gl.constexpr,
+    ring,
+    rows,
+    args,
+    K: gl.constexpr,
+    PARTITION: gl.constexpr,
+    S: gl.constexpr,
+):
+    """All tiles of this program by ONE_TILE, each compiled for as many rows as its block has.
+
+    Args:
+        ONE_TILE: (ring, steps so far, rows, block, tile, args, K, PARTITION, N, S) -> steps so far; a device
+            function.
+        rows: sorted_token_ids, sorted_expert_ids and the number of live blocks.
+        args: what else it takes. A None in it is one to the compiler as long as the tuple, and what is in it,
+            are not given other names.
+    """
+    sorted_token_ids, _, blocks = rows
+    it = 0
+    beyond_fewer, beyond_fewest = packed_beyond(
+        sorted_token_ids, gl.program_id(0), blocks, S.fewer, S.fewest, S
+    )
+    for t in range(gl.program_id(0), blocks * S.tiles, S.programs):
+        block, tile = block_and_tile(t, blocks, S)
+        if S.spare:
+            # of the next tile, there when this one is done
+            next_fewer, next_fewest = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
+            )
+        if (beyond_fewer >> 24) < K:
+            it = ONE_TILE(ring, it, rows, block, tile, args, K, PARTITION, S.bm, S)
+        elif S.fewest == S.fewer:  # or the same code would be there twice
+            it = ONE_TILE(ring, it, rows, block, tile, args, K, PARTITION, S.fewer, S)
+        elif (beyond_fewest >> 24) < K:
+            it = ONE_TILE(ring, it, rows, block, tile, args, K, PARTITION, S.fewer, S)
+        else:
+            it = ONE_TILE(ring, it, rows, block, tile, args, K, PARTITION, S.fewest, S)
+        if not S.spare:
+            next_fewer, next_fewest = packed_beyond(
+                sorted_token_ids, t + S.programs, blocks, S.fewer, S.fewest, S
+            )
+        beyond_fewer, beyond_fewest = next_fewer, next_fewest
