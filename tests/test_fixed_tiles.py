@@ -113,6 +113,14 @@ def test_few_and_many_rows_are_for_others(tokens: int) -> None:
     assert [c for c in timed if c.gate_up is not None and c.gate_up.kernel == "fixed"]
 
 
+@pytest.mark.parametrize(
+    ("mean", "rows"), [(2.9, []), (3, [16]), (8, [16, 32]), (16, [32, 16]), (17, [32]), (49, [])]
+)
+def test_what_is_worth_timing(mean: float, rows: list[int]) -> None:
+    found = choices(INT4, H200, "one_shot", mean)
+    assert [choice.gate_up.bm for choice in found if choice.gate_up is not None] == rows
+
+
 def test_scratch_is_as_large_as_the_larger_of_both_inputs() -> None:
     """x of 128 rows has 128 * 2048 numbers, h of 1024 rows 1024 * 768."""
     found = {field.name: field.shape for field in fixed_fields(INT4, 128)}

@@ -12,11 +12,11 @@ from moert.quantization.int4_layout import columns_per_group
 from moert.steps.fixed_point.layout import STEP
 from moert.steps.specialised.fixed_shape import FixedShape
 
-# mean rows an expert from which on these kernels are worth timing, and between which they are the default. On
+# mean rows an expert between which these kernels are worth timing, and between which they are the default. On
 # an H200 they were this much faster than the best of all others: E=8, K=2, H=4096, I=14336, 8 rows 20%, 16
 # rows 22%; E=128, K=8, H=2048, I=768, 16 rows 20%, 32 rows 3%; E=256, K=8, H=7168, I=256, 8 rows 6%, 16 rows
 # 23%; E=512, K=10, H=2048, I=512, 10 rows 9%. With 32 rows the first of these layers was 14% slower
-LEAST_MEAN = 3
+LEAST_MEAN, MOST_MEAN = 3, 48
 DEFAULT_MEANS = (8, 32)
 # BM, BN and stages
 _TILES = ((16, 256, 6), (32, 256, 6))
@@ -35,11 +35,12 @@ def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
 
 def choices(cfg: MoEConfig, facts: DeviceFacts, strategy: str, mean: float) -> Iterator[Choice]:
     """Sorted strategies, the likeliest first; `mean` rows an expert gets."""
-    if mean < LEAST_MEAN:
+    if not LEAST_MEAN <= mean <= MOST_MEAN:
         return
-    # the taller of which an expert fills half
-    tiles = sorted(every_tile(cfg, facts), key=lambda t: (t.bm > 2 * mean, -t.bm))
-    for tile in tiles:
+    # blocks that hold an expert's rows, and of which it fills a quarter; first the taller that it fills half
+    worth_timing = {16: mean <= 16, 32: mean >= 8}
+    tiles = [tile for tile in every_tile(cfg, facts) if worth_timing[tile.bm]]
+    for tile in sorted(tiles, key=lambda t: (t.bm > 2 * mean, -t.bm)):
         yield Choice(strategy, tile, tile, facts.dependent_launch)
 
 
