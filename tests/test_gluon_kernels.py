@@ -81,10 +81,17 @@ def gathers(choice: Choice) -> bool:
     return choice.down is not None and choice.down.kernel == "gathered"
 
 
-def run(backend: TritonBackend, choice: Choice, tokens: int, live: int | None) -> None:
-    """One call, with rows of nobody, behind the live ones anything; checks the result."""
+def run(
+    backend: TritonBackend, choice: Choice, tokens: int, live: int | None, outlier: float = 1.0
+) -> None:
+    """One call, with rows of nobody, behind the live ones anything; checks the result.
+
+    Args:
+        outlier: how many times as large a column of x is as the others.
+    """
     cfg, weights = backend.cfg, backend.weights
     case = make_case(cfg, tokens + 2, strange=0.1)
+    case.x[:, 5] *= outlier
     if tokens > 40:
         case.topk.ids[:, 0] = 1
     case.topk.weights[(case.topk.ids < 0) | (case.topk.ids >= cfg.num_experts)] = NAN
@@ -145,3 +152,12 @@ def test_live_counts(name: str, live: int) -> None:
             continue
         tokens = 9 if choice.strategy != "none" else max(3, live)
         run(backend, replace(choice, dependent=False), tokens, live)
+
+
+@pytest.mark.parametrize("outlier", [30.0, 300.0])
+@pytest.mark.parametrize("name", ["g128", "g128, zero points"])
+def test_fixed_point_bears_a_column_far_above_the_others(name: str, outlier: float) -> None:
+    cfg = LAYERS[name]
+    backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
+    choice = next(fixed_tiles.choices(cfg, FEW_UNITS, "one_shot", 8.0))
+    run(backend, replace(choice, dependent=False), 20, None, outlier)
