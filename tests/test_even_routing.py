@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moert.backends.even_routing import rows_of_nearly_all
+from moert.backends.even_routing import experts_hit, rows_of_nearly_all
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(16, 64, 4), (64, 128, 8), (512, 8, 2)])
@@ -18,3 +18,13 @@ def test_nearly_no_expert_has_more_rows(tokens: int, experts: int, top_k: int) -
     mean = tokens * top_k / experts
     assert (rows > rows_of_nearly_all(mean)).float().mean() < 0.05
     assert (rows > (mean + rows_of_nearly_all(mean)) / 2).float().mean() > 0.05
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 64, 4), (16, 64, 4), (8, 8, 2)])
+def test_experts_that_are_hit(tokens: int, experts: int, top_k: int) -> None:
+    """On the average of 2000 routings."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2000, tokens, experts, generator=generator)
+    ids = scores.topk(top_k, -1).indices.flatten(1)
+    hit = torch.zeros(2000, experts).scatter_(1, ids, 1.0).sum(1).mean().item()
+    assert hit == pytest.approx(experts_hit(experts, top_k, tokens), rel=0.01)

@@ -265,3 +265,19 @@ def test_streams_are_offered_where_experts_have_few_rows() -> None:
     assert [offered(INT4, tokens) for tokens in (1, 64, 2048)] == [True, True, False]
     plain = replace(INT4, quant=None)
     assert [offered(plain, tokens) for tokens in (1, 64, 2048)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "tokens", "first"),
+    [
+        (MoEConfig(8, 2, 4096, 14336, quant=Quant("int4", 128)), 8, "8x64x128/w4s4k2r1 stream"),
+        (MoEConfig(128, 4, 2880, 2880, quant=Quant("int4", 32)), 8, "8x64x128/w4s4k2r1 stream"),
+        (MoEConfig(128, 8, 2048, 768, quant=Quant("int4", 128)), 16, "8x128x128/w4s3k1r2 stream"),
+    ],
+    ids=["few experts", "few rows", "many"],
+)
+def test_down_begins_with_enough_programs(cfg: MoEConfig, tokens: int, first: str) -> None:
+    found = list(grouped_choices(cfg, H200, "one_shot", tokens))
+    downs = {str(choice.down) for choice in found}
+    assert str(found[0].down) == first
+    assert downs >= {"8x64x128/w4s4k2r1 stream", "8x128x128/w4s3k1r2 stream"}
