@@ -143,7 +143,7 @@ def test_live_counts(name: str, live: int) -> None:
         (c for c in stream_choices.direct_choices(cfg, FEW_UNITS, 8) if gathers(c)),
         stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 9),
         specialised_tiles.choices(cfg, FEW_UNITS, "multi_phase", 1000.0),
-        fixed_tiles.choices(cfg, FEW_UNITS, "multi_phase", 1000.0),
+        fixed_tiles.choices(cfg, FEW_UNITS, "multi_phase", 16.0),
     )
     for choices in kinds:
         choice = next(choices, None)
