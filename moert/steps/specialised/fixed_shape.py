@@ -14,7 +14,6 @@ from moert.steps.weight_tiles import ROWS, WeightTiles
 PARTITIONS = 2  # that multiply, each of four warps
 PIECE = 64  # rows of weights of a product: what one instruction takes
 PIECES = 2  # of a partition
-MOST_ROWS = 32  # of inputs: registers last for the products of two pieces
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class FixedShape(WeightTiles):
         reduction: columns of a weight's row.
         columns: columns of the output, N.
         paired: output columns have a gate and an up row of the weights.
-        bm: rows of inputs, 16 or 32.
+        bm: rows of inputs, 16 or 32: registers last for the products of two pieces.
         stages: of the ring.
         side: blocks that go through the tiles side by side.
         programs: workgroups that share all tiles.
