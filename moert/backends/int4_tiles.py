@@ -1,9 +1,9 @@
 """Tile choice for int4 weights: pure functions of (configuration, device facts, T).
 
 Portable kernels everywhere; on NVIDIA the streaming ones too, which win while an expert has few rows
-(`moert/steps/streaming`, with figures), and on Hopper those with warps that copy, of fixed-point inputs for some
-rows, of widened weights for many (`moert/steps/specialised`). Which serves which bucket is measured; here is
-where that starts.
+(`moert/steps/streaming`, with figures), and on Hopper those with warps that copy, of fixed-point inputs for
+some rows, of widened weights for many (`moert/steps/specialised`). Which serves which bucket is measured;
+here is where that starts.
 """
 
 from __future__ import annotations
