@@ -6,8 +6,8 @@ names a GEMM of M tokens (a bucket, or T of a call that is launched kernel by ke
 gate/up and H x I for down. The way is "wvsplitk" for the skinny GEMMs that decode runs without a sort, the
 name that tools look for (ROCm/vllm, pull request 896: `fused_moe_wvsplitk_int4`), and "grouped" after a sort.
 The other steps have no format: sorting and routing are MxKxE, combine is MxHxK, rows as fixed-point numbers
-MxHx2 and MxIx2 for two bytes a column. A replayed graph is one range
-for the call, `fused_moe_graph_<format>` with B x H x I.
+MxHx2 and MxIx2 for two bytes a column. A replayed graph is one range for the call, `fused_moe_graph_<format>`
+with B x H x I.
 """
 
 from __future__ import annotations

@@ -122,9 +122,8 @@ class Choice:
                 raise ValueError(f"tile {tile}: kernel is not one of {', '.join(KERNELS)}")
             if tile.together & (tile.together - 1):
                 raise ValueError(f"tile {tile}: together is no power of two")
-            if (tile.kernel in ("specialised", "fixed") or tile.together > 1) and data[
-                "strategy"
-            ] == "none":
+            follows_sort = tile.kernel in ("specialised", "fixed") or tile.together > 1
+            if follows_sort and data["strategy"] == "none":
                 raise ValueError(f"tile {tile}: its kernels follow a sort")
             if tile.kernel == "gathered" and data["strategy"] != "none":
                 raise ValueError(f"tile {tile}: its kernels follow no sort")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moert.backends import specialised_tiles, stream_tiles
+from moert.backends import specialised_tiles
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Choice, Tile
-from moert.quantization.int4_layout import columns_per_group
 from moert.steps.fixed_point.layout import STEP
 from moert.steps.specialised.fixed_shape import FixedShape
 
@@ -71,16 +70,4 @@ def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile) -> bool:
 
 def fixed_shape(cfg: MoEConfig, facts: DeviceFacts, tile: Tile, *, up: bool) -> FixedShape:
     """What a tile compiles to."""
-    assert cfg.quant is not None
-    reduction, columns = stream_tiles.gemm_sizes(cfg, up)
-    return FixedShape(
-        zeros=not cfg.quant.symmetric,
-        group=columns_per_group(cfg.quant.group_size, reduction),
-        reduction=reduction,
-        columns=columns,
-        paired=up and cfg.gated,
-        bm=tile.bm,
-        stages=tile.num_stages,
-        side=specialised_tiles.SIDE,
-        programs=facts.compute_units,
-    )
+    return FixedShape(**specialised_tiles.int4_sizes(cfg, facts, tile, up))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -233,19 +234,22 @@ def specialised_int4_shape(
     cfg: MoEConfig, facts: DeviceFacts, tile: Tile, *, up: bool
 ) -> SpecialisedInt4Shape:
     """The same for int4 weights."""
+    common = int4_sizes(cfg, facts, tile, up)
+    return SpecialisedInt4Shape(bn=tile.bn, step=tile.bk, warps=tile.num_warps, **common)
+
+
+def int4_sizes(cfg: MoEConfig, facts: DeviceFacts, tile: Tile, up: bool) -> dict[str, Any]:
+    """What a tile of int4 weights compiles to, whatever its inputs are."""
     assert cfg.quant is not None
     reduction, columns = stream_tiles.gemm_sizes(cfg, up)
-    return SpecialisedInt4Shape(
-        zeros=not cfg.quant.symmetric,
-        group=columns_per_group(cfg.quant.group_size, reduction),
-        reduction=reduction,
-        columns=columns,
-        paired=up and cfg.gated,
-        bm=tile.bm,
-        bn=tile.bn,
-        step=tile.bk,
-        warps=tile.num_warps,
-        stages=tile.num_stages,
-        side=SIDE,
-        programs=facts.compute_units,
-    )
+    return {
+        "zeros": not cfg.quant.symmetric,
+        "group": columns_per_group(cfg.quant.group_size, reduction),
+        "reduction": reduction,
+        "columns": columns,
+        "paired": up and cfg.gated,
+        "bm": tile.bm,
+        "stages": tile.num_stages,
+        "side": SIDE,
+        "programs": facts.compute_units,
+    }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moert.backends.fixed_launches import down_fixed, gate_up_fixed
+from moert.backends.fixed_launches import split_inputs
 from moert.backends.int4_launches import down_int4, gate_up_int4
 from moert.backends.launch_parts import (
     activation_constants,
@@ -68,13 +68,12 @@ def _pair(
     views: Views,
 ) -> list[Launch]:
     up, down = tiles
-    if up.kernel == "fixed":
-        first = gate_up_fixed(cfg, weights, facts, up, views)
-    else:
-        first = [_gate_up(cfg, weights, facts, up, views, False)]
-    if down.kernel == "fixed":
-        return [*first, *down_fixed(cfg, weights, facts, down, views)]
-    return [*first, _down(cfg, weights, facts, down, views, False)]
+    return [
+        *split_inputs(cfg, up, views, up=True),
+        _gate_up(cfg, weights, facts, up, views, False),
+        *split_inputs(cfg, down, views, up=False),
+        _down(cfg, weights, facts, down, views, False),
+    ]
 
 
 def _gate_up(
@@ -87,7 +86,7 @@ def _gate_up(
 ) -> Launch:
     if tile.kernel in ("stream", "gathered"):
         return gate_up_stream(cfg, weights, tile, views, direct)
-    if tile.kernel == "specialised":
+    if tile.kernel in ("specialised", "fixed"):
         return gate_up_specialised(cfg, weights, facts, tile, views)
     if cfg.quant is not None:
         return gate_up_int4(cfg, weights, facts, tile, views, direct)
@@ -123,7 +122,7 @@ def _down(
 ) -> Launch:
     if tile.kernel in ("stream", "gathered"):
         return down_stream(cfg, weights, tile, views, direct)
-    if tile.kernel == "specialised":
+    if tile.kernel in ("specialised", "fixed"):
         return down_specialised(cfg, weights, facts, tile, views)
     if cfg.quant is not None:
         return down_int4(cfg, weights, facts, tile, views, direct)

@@ -42,9 +42,8 @@ def default_choice(cfg: MoEConfig, facts: DeviceFacts, tokens: int, copied: bool
     Streams where they were measured and rows are few (`stream_choices.default`); else direct up to 4 tokens:
     routed rows of so few tokens are mostly alone with their expert (measured on an H200 with E=128, K=8: sort
     and matrix units begin to pay between 4 and 8 tokens). Then blocks hold the rows of nearly every expert
-    where routing is even, as far as blocks of 64 (E=8 K=2 H=4096 I=14336, 32
-    rows an expert: blocks of 32 took 37% longer), and one workgroup sorts while all routed rows fit it
-    comfortably.
+    where routing is even, as far as blocks of 64 (E=8 K=2 H=4096 I=14336, 32 rows an expert: blocks of 32
+    took 37% longer), and one workgroup sorts while all routed rows fit it comfortably.
 
     The tile is the first of a list, widest first, that the device has shared memory and registers for: with
     BM of 64 and 128 gfx950, of 160 KiB, gets tiles twice as wide as gfx942, of 64 KiB. RDNA (gfx1151) has one

@@ -13,9 +13,8 @@ from moert.steps.fixed_point.layout import STEP as _STEP
 BITS = tl.constexpr(_BITS)
 GROUP = tl.constexpr(_STEP)
 _INFINITE = tl.constexpr(0x7F800000)
-_LEAST = tl.constexpr(
-    0x1000000
-)  # 2^-125: whose inverse is a number, and what is smaller counts as zero
+# 2^-125, the least unit: its inverse is a number, and what is smaller counts as zero
+_LEAST = tl.constexpr(0x1000000)
 
 
 @triton.jit

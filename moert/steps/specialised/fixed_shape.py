@@ -59,6 +59,7 @@ class FixedShape(WeightTiles):
 
     @property
     def row_tiles(self) -> int:
+        """Of a program."""
         return self.bn // ROWS
 
     @property

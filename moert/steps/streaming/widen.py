@@ -25,10 +25,16 @@ def magic(fp16):
 
 
 @gluon.constexpr_function
+def lowest_asm(fp16):
+    """magic + code, twice, in t: of the lowest nibbles of both halves of t."""
+    word = 0x64006400 if fp16 else 0x43004300
+    return f"mov.b32 m, {word:#x}; lop3.b32 t, t, 0x000F000F, m, 0xEA; "
+
+
+@gluon.constexpr_function
 def take_asm(pair, fp16):
     """magic + code, twice, in t: two codes of the word $1, at bits 4 * pair and 16 above."""
-    word = 0x64006400 if fp16 else 0x43004300
-    return f"shr.u32 t, $1, {4 * pair}; mov.b32 m, {word:#x}; lop3.b32 t, t, 0x000F000F, m, 0xEA; "
+    return f"shr.u32 t, $1, {4 * pair}; " + lowest_asm(fp16)
 
 
 @gluon.constexpr_function
@@ -36,7 +42,7 @@ def take_with_fewer_shifts_asm(pair, fp16):
     """The same with one shift for all four pairs of a word, and a register more."""
     shift = "mov.b32 t, $1; " if pair < 2 else "shr.u32 t, $1, 8; "
     if pair % 2 == 0:
-        return shift + take_asm(0, fp16).replace("shr.u32 t, $1, 0; ", "")
+        return shift + lowest_asm(fp16)
     if fp16:
         # 1024 + 16 code, of which a sixteenth and 960
         shift += "mov.b32 m, 0x64006400; lop3.b32 t, t, 0x00F000F0, m, 0xEA; "
