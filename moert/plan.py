@@ -13,9 +13,10 @@ from moert.arena import Field, layout
 
 STRATEGIES = ("none", "one_shot", "multi_phase")
 # portable tiles; weights streamed through shared memory (moert/steps/streaming), and the same for all rows of
-# an expert where nothing is sorted; warps that copy beside warps that multiply (moert/steps/specialised), and
+# an expert where nothing is sorted; weights streamed through registers, a row a program (moert/steps/
+# registers); warps that copy beside warps that multiply (moert/steps/specialised), and
 # these with fixed-point inputs (moert/steps/fixed_point)
-KERNELS = ("tile", "stream", "gathered", "specialised", "fixed")
+KERNELS = ("tile", "stream", "gathered", "registers", "specialised", "fixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Tile:
 
     def __str__(self) -> str:
         text = f"{self.bm}x{self.bn}x{self.bk}/w{self.num_warps}s{self.num_stages}"
-        if self.kernel in ("stream", "gathered"):
+        if self.kernel in ("stream", "gathered", "registers"):
             text += f"k{self.split}r{self.repeats}"
         if self.together > 1:
             text += f"t{self.together}"
@@ -125,7 +126,7 @@ class Choice:
             follows_sort = tile.kernel in ("specialised", "fixed") or tile.together > 1
             if follows_sort and data["strategy"] == "none":
                 raise ValueError(f"tile {tile}: its kernels follow a sort")
-            if tile.kernel == "gathered" and data["strategy"] != "none":
+            if tile.kernel in ("gathered", "registers") and data["strategy"] != "none":
                 raise ValueError(f"tile {tile}: its kernels follow no sort")
         dependent = data.get("dependent", False)
         if type(dependent) is not bool:

@@ -72,13 +72,14 @@ def sampled_streams(arch: str) -> list[Variant]:
         cfg = MoEConfig(24, 3, 528, 200, dtype="float16", quant=quant)
         direct = list(direct_choices(cfg, facts, 8))
         grouped = sorted(grouped_choices(cfg, facts, "one_shot", 32), key=_together)
-        gathered = [c for c in direct if c.gate_up is not None and c.gate_up.kernel == "gathered"]
-        for choice in (*direct[:1], *gathered[:1], *grouped[:1], *grouped[-1:]):
+        # through registers where there are such, and through a ring
+        first = {c.gate_up.kernel: c for c in reversed(direct) if c.gate_up is not None}
+        for choice in (*first.values(), *grouped[:1], *grouped[-1:]):
             launches = planned_launches(Layer(cfg).backend(arch), 8, choice, True)
             found += [
                 Variant(arch, Layer(cfg), 8, choice, index, True, launch.name)
                 for index, launch in enumerate(launches)
-                if "stream" in launch.name
+                if "stream" in launch.name or "registers" in launch.name
             ]
     return found
 

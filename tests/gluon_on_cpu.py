@@ -115,7 +115,7 @@ class Pointer:
         return whole, torch.where(wanted, offset, 0).long(), wanted
 
 
-def load(pointer: Pointer, mask: Any = None, other: Any = None) -> Value:
+def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) -> Value:
     whole, offset, wanted = pointer.resolve(mask)
     found = whole[offset]
     if mask is None:
@@ -300,6 +300,8 @@ def _language() -> types.SimpleNamespace:
         "convert_layout": lambda value, *_, **__: value,
         "sum": lambda value, axis: Value(value.data.sum(axis)),
         "min": lambda value, axis: Value(value.data.amin(axis)),
+        "max": lambda value, axis: Value(value.data.amax(axis)),
+        "abs": unary(torch.abs),
         "where": _where,
         "minimum": pairwise(torch.minimum),
         "maximum": pairwise(torch.maximum),

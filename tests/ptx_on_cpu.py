@@ -25,6 +25,7 @@ _BITWISE: dict[str, Callable[..., torch.Tensor]] = {
     "shl.b32": lambda a, n: (a << n) & 0xFFFFFFFF,
     "shr.u32": lambda a, n: a >> n,
     "and.b32": lambda a, b: a & b,
+    "prmt.b32": lambda a, b, s: _prmt(a, b, int(s)),
 }
 # by pairs of 16-bit floats; results are exact in float32, or rounded once
 _ARITHMETIC: dict[str, Callable[..., torch.Tensor]] = {
@@ -34,6 +35,13 @@ _ARITHMETIC: dict[str, Callable[..., torch.Tensor]] = {
     "mul": lambda a, b: a.double() * b.double(),
 }
 _PAIRS = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
+
+
+def _prmt(a: torch.Tensor, b: torch.Tensor, selector: int) -> torch.Tensor:
+    """PTX ISA, "prmt": byte i is the one of b and a that nibble i of the selector says."""
+    pool = a | (b << 32)
+    picked = [(pool >> (8 * (selector >> 4 * i & 7)) & 0xFF) << (8 * i) for i in range(4)]
+    return picked[0] | picked[1] | picked[2] | picked[3]
 
 
 def _lop3(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,8 @@ ASKED_FOR = {
 }
 GEMMS = ("gate_up_direct", "down_direct", "gate_up_grouped", "down_grouped")
 # kernels on matrix units
-MULTIPLIED = ("grouped", "stream", "specialised")
+TWINS = ("stream", "registers", "specialised")  # of portable kernels, on NVIDIA
+MULTIPLIED = ("grouped", *TWINS)
 # what every device has to run
 PORTABLE = {
     *("routing_fwd_kernel", "gate_up_direct_kernel", "down_direct_kernel"),
@@ -95,12 +96,13 @@ def check(arch: str, kernels: list[dict[str, Any]]) -> None:
         # what reads nothing of the caller's is one kernel for both
         assert {k["aligned"] for k in own} == {True, False}, (arch, cfg)
         names = {k["kernel"] for k in own}
-        twins = {n for n in names if "stream" in n or "specialised" in n}
+        twins = {n for n in names if any(word in n for word in TWINS)}
         portable = {f"{gemm}_{'int4_' if quant else ''}kernel" for gemm in GEMMS}
         assert names - twins == portable, (arch, cfg)
         if quant and facts.kind == "cuda":
             # what is aligned is streamed
-            assert twins >= {f"{gemm}_stream_kernel" for gemm in GEMMS}, (arch, cfg)
+            ways = [f"{gemm}_{'registers' if 'direct' in gemm else 'stream'}" for gemm in GEMMS]
+            assert twins >= {f"{way}_kernel" for way in ways}, (arch, cfg)
     assert {k["tokens"] for k in gemms} == set(QUICK_BUCKETS), arch
     for kernel in kernels:
         found = kernel["resources"]
@@ -112,6 +114,6 @@ def check(arch: str, kernels: list[dict[str, Any]]) -> None:
             assert (found["matrix"] > 0) == units, kernel
         # portable int4 tiles may have fewer bytes than that for each lane
         direct = facts.kind == "hip" and "direct" in kernel["kernel"]
-        copied = "stream" in kernel["kernel"] or "specialised" in kernel["kernel"]
+        copied = any(word in kernel["kernel"] for word in TWINS)
         if kernel in gemms and (not kernel["quant"] or direct or copied):
             assert found["widest_load"] >= 16, kernel

@@ -108,7 +108,7 @@ def run(
     call.tokens = tokens
     values, ran = call.interpreter_values(), 0
     for launch in backend.launches(tokens, choice, arena.views(fields)):
-        if "stream" in launch.name or "specialised" in launch.name:
+        if any(word in launch.name for word in ("stream", "specialised", "registers")):
             given = {**values, **launch.args, **launch.constants}
             gluon_on_cpu.run(launch.kernel, launch.grid(tokens)[0], given, launch.num_warps)
             ran += 1

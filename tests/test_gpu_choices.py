@@ -110,7 +110,16 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     # beside one of each strategy and kind, tiles for crowds
     kinds = {(choice.strategy, *kernels_of(choice)): choice for choice in reversed(found)}
     crowded = [c for choice in kinds.values() for c in backend.crowded_choices(choice, bucket)]
-    return [choice for choice in found if choice not in left_out] + crowded
+    return [choice for choice in found if choice not in left_out] + crowded + mixed(found)
+
+
+def mixed(found: list[Choice]) -> list[Choice]:
+    """Unsorted pairs of kernels of two kinds, as the tuner puts them together."""
+    unsorted = [c for c in found if c.strategy == "none" and c.gate_up and c.down]
+    ups = {c.gate_up.kernel: c for c in reversed(unsorted) if c.gate_up}
+    downs = {c.down.kernel: c.down for c in reversed(unsorted) if c.down}
+    pairs = [replace(up, down=down) for up in ups.values() for down in downs.values()]
+    return [choice for choice in pairs if choice not in found]
 
 
 def calls(cfg: MoEConfig, weights: ExpertWeights, tokens: int) -> Iterator[Counted]:
@@ -266,12 +275,15 @@ def test_every_choice(name: str) -> None:
         faults |= few.check(*CALLS[-1], few.build(CALLS[-1][0]))
     assert faults == {}
     streams = {k for k in kernels if "stream" in k}
+    registers = {k for k in kernels if "registers" in k}
     specialised = {k for k in kernels if "specialised" in k}
     portable = {k for k in kernels if "int4" in k} - specialised
     if torch.version.hip is None:
         served = "no stream" not in name and "order" not in name
         ways = [f"{gemm}_{way}" for gemm in GEMMS for way in ("direct", "gathered", "grouped")]
         assert streams == ({f"{way}_stream_kernel" for way in ways} if served else set())
+        held = {f"{gemm}_direct_registers_kernel" for gemm in GEMMS}
+        assert registers == (held if served and cfg.quant else set())
         hopper = torch.cuda.get_device_capability() == (9, 0)
         # two products a step of 16-bit weights are kernels of their own, and fixed-point inputs are
         fixed = fixed_tiles.refuses(cfg, bench.backend.facts) is None

@@ -32,6 +32,26 @@ def test_crossed_pairs_differ_from_the_best_in_tiles_alone() -> None:
     )
 
 
+def test_unsorted_kinds_of_kernels_are_crossed() -> None:
+    """What is best of each kind, however far behind its partner put it; more than of sorted ones."""
+    first, second, third = (Tile(8, bn, 64, 4, 3, "stream", 4) for bn in (16, 32, 64))
+    plain = {Choice("none", A, A): 5.0, Choice("none", B, A): 4.0}
+    rings = {
+        Choice("none", first, first): 1.0,
+        Choice("none", second, first): 2.0,
+        Choice("none", third, first): 3.0,
+    }
+    found = crossed(plain | rings)
+    assert found == [
+        *(Choice("none", up, A) for up in (first, second, third)),
+        *(Choice("none", up, first) for up in (B, A)),
+    ]
+    many = {Choice("none", Tile(8, n, 64, kernel="stream"), first): n for n in range(1, 9)}
+    ups = {c.gate_up for c in crossed(plain | {choice: n / 10 for choice, n in many.items()})}
+    assert ups == {*(c.gate_up for c in list(many)[:6]), B}
+    assert not any(c.strategy == "none" for c in crossed(plain | {PHASED: 0.5}))
+
+
 def test_default_of_a_policy() -> None:
     backend = FakeBackend()
     assert strategies_for(0) == STRATEGIES

@@ -22,12 +22,14 @@ class _Lists(NamedTuple):
     """Shapes worth timing: row tiles a warp, warps over rows, warps over the reduction, blocks of 64 columns
     a step, stages, repeats.
 
-    The first of each list is where the others start from: the two GEMMs hardly influence each other. Of 36 to
-    66 shapes timed on an H200 for each list of direct and grouped kernels, these few together were within 1%
-    of the best in every cell of four to five layers and five T (greedily chosen).
+    The first of each list is where the others start from: sorted, the two GEMMs hardly influence each other.
+    Of 36 to 66 shapes timed on an H200 for each list of direct and grouped kernels, these few together were
+    within 1% of the best in every cell of four to five layers and five T (greedily chosen).
 
     Args:
         direct_up, direct_down: a row a program.
+        held_up, held_down: the same, through registers: of 20 and 14 shapes, those that were best of a layer
+            and T = 1, 2 or 4.
         up, down: sorted rows, in blocks of 8.
         gathered_up, gathered_down: all rows of an expert, without a sort.
         summed_down: a token's experts a program, after gathered_up.
@@ -35,6 +37,8 @@ class _Lists(NamedTuple):
 
     direct_up: _Shapes
     direct_down: _Shapes
+    held_up: _Shapes
+    held_down: _Shapes
     up: _Shapes
     down: _Shapes
     gathered_up: _Shapes
@@ -43,13 +47,15 @@ class _Lists(NamedTuple):
 
 
 _INT4 = _Lists(
-    direct_up=(
-        *((2, 1, 2, 2, 4, 1), (1, 1, 2, 4, 3, 1), (2, 1, 2, 2, 3, 1), (2, 1, 4, 2, 4, 1)),
-        *((2, 1, 2, 4, 3, 1), (1, 1, 4, 4, 3, 1), (4, 1, 2, 4, 4, 1)),
+    direct_up=((2, 1, 2, 2, 4, 1), (1, 1, 2, 4, 3, 1), (2, 1, 2, 2, 3, 1)),
+    direct_down=((2, 1, 8, 2, 4, 1), (2, 1, 4, 2, 3, 1), (4, 1, 8, 2, 3, 1)),
+    held_up=(
+        *((1, 1, 4, 2, 6, 1), (2, 1, 4, 2, 4, 1), (1, 1, 8, 2, 3, 1), (1, 1, 4, 4, 3, 1)),
+        *((2, 1, 8, 2, 2, 1),),
     ),
-    direct_down=(
-        *((2, 1, 8, 2, 4, 1), (2, 1, 4, 2, 3, 1), (1, 1, 4, 4, 6, 1), (4, 1, 4, 2, 4, 1)),
-        *((4, 1, 8, 2, 3, 1), (2, 1, 8, 2, 6, 1), (1, 1, 8, 2, 4, 1)),
+    held_down=(
+        *((2, 1, 8, 2, 4, 1), (1, 1, 8, 2, 6, 1), (2, 1, 8, 2, 2, 1), (1, 1, 8, 4, 3, 1)),
+        *((2, 1, 4, 2, 4, 1), (2, 1, 16, 2, 2, 1), (4, 1, 4, 2, 2, 1)),
     ),
     up=(
         *((2, 4, 1, 2, 4, 1), (2, 4, 1, 4, 3, 1), (4, 4, 1, 4, 3, 1), (4, 4, 1, 2, 4, 1)),
@@ -74,6 +80,8 @@ _16_BITS = _Lists(
         *((1, 1, 8, 1, 4, 1), (1, 1, 4, 2, 4, 1), (2, 1, 8, 1, 4, 1), (1, 1, 4, 2, 6, 1)),
         *((1, 1, 4, 1, 6, 1), (1, 1, 4, 1, 3, 1), (2, 1, 4, 1, 3, 1), (2, 1, 8, 1, 3, 1)),
     ),
+    held_up=(),
+    held_down=(),
     up=(
         *((2, 1, 4, 1, 3, 1), (1, 4, 1, 2, 3, 1), (2, 2, 2, 1, 3, 1), (1, 1, 4, 2, 4, 1)),
         *((1, 1, 4, 1, 6, 1), (1, 8, 1, 1, 4, 1)),
@@ -138,8 +146,13 @@ def direct_choices(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Iterator[
     lists = _lists(cfg)
 
     def tiles(shapes: _Shapes, up: bool, kernel: str) -> list[Tile]:
-        return _tiles(cfg, facts, shapes, up, LEAST, kernel, direct=kernel == "stream")
+        return _tiles(cfg, facts, shapes, up, LEAST, kernel, direct=kernel != "gathered")
 
+    # which of these goes well with which is a matter of how programs of the two share a unit: E=128 K=8
+    # H=2048 I=768, T=1 on an H200: the best of one varied at a time 9.8 us, of all 8.8
+    for up in tiles(lists.held_up, True, "registers"):
+        for down in tiles(lists.held_down, False, "registers"):
+            yield Choice("none", up, down, facts.dependent_launch)
     ups, downs = tiles(lists.direct_up, True, "stream"), tiles(lists.direct_down, False, "stream")
     yield from _pairs("none", ups, downs, facts)
     if 1 < tokens <= LEAST:

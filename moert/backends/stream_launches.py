@@ -19,11 +19,13 @@ from moert.config import MoEConfig
 from moert.launch import Launch
 from moert.plan import Tile
 from moert.quantization.int4_layout import Int4Matrix
+from moert.steps.down.registers import down_direct_registers_kernel
 from moert.steps.down.streaming import down_direct_stream_kernel
 from moert.steps.down.streaming_grouped import (
     down_gathered_stream_kernel,
     down_grouped_stream_kernel,
 )
+from moert.steps.gate_up.registers import gate_up_direct_registers_kernel
 from moert.steps.gate_up.streaming import gate_up_direct_stream_kernel
 from moert.steps.gate_up.streaming_grouped import (
     gate_up_gathered_stream_kernel,
@@ -31,13 +33,19 @@ from moert.steps.gate_up.streaming_grouped import (
 )
 from moert.weights import ExpertWeights
 
-# (direct, gathered, grouped)
+# (direct, gathered, grouped, through registers)
 _GATE_UP = (
     gate_up_direct_stream_kernel,
     gate_up_gathered_stream_kernel,
     gate_up_grouped_stream_kernel,
+    gate_up_direct_registers_kernel,
 )
-_DOWN = (down_direct_stream_kernel, down_gathered_stream_kernel, down_grouped_stream_kernel)
+_DOWN = (
+    down_direct_stream_kernel,
+    down_gathered_stream_kernel,
+    down_grouped_stream_kernel,
+    down_direct_registers_kernel,
+)
 
 
 def gate_up_stream(
@@ -89,11 +97,14 @@ def _launch(
         strides = (matrix.stride(0), matrix.stride(1))
     gathered = tile.kernel == "gathered"
     direct = unsorted and not gathered
+    kernels = _GATE_UP if up else _DOWN
     shape = stream_shape(
         cfg, tile, up=up, direct=direct, interleaved=weights.interleaved, strides=strides
     )
     constants = {**constants, "S": shape}
-    kernel = (_GATE_UP if up else _DOWN)[0 if direct else 1 if gathered else 2]
+    kernel = kernels[0 if direct else 1 if gathered else 2]
+    if tile.kernel == "registers":
+        kernel = kernels[3]
     if unsorted:
         constants["E"] = cfg.num_experts
         grid = direct_grid(shape.tiles, cfg.top_k if up or gathered else 1)

@@ -6,9 +6,13 @@ from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.plan import Tile
 from moert.quantization.int4_layout import Int4Matrix, columns_per_group
+from moert.steps.registers.shape import RegisterShape
 from moert.steps.streaming.shape import StreamShape
 from moert.steps.weight_tiles import BLOCK, ROWS
 from moert.weights import ExpertWeights
+
+# of a lane: registers for weights on their way, and inputs on theirs to shared memory
+_MOST_HELD, _MOST_STAGED = 96, 64
 
 
 def refuses(cfg: MoEConfig, facts: DeviceFacts) -> str | None:
@@ -58,7 +62,7 @@ def stream_shape(
     direct: bool,
     interleaved: bool = False,
     strides: tuple[int, int] = (0, 0),
-) -> StreamShape:
+) -> StreamShape | RegisterShape:
     """What a tile compiles to.
 
     Args:
@@ -68,7 +72,8 @@ def stream_shape(
     reduction, columns = gemm_sizes(cfg, up)
     # 16-bit weights have none, and nothing asks for it
     group = columns_per_group(-1 if cfg.quant is None else cfg.quant.group_size, reduction)
-    return StreamShape(
+    shape = RegisterShape if tile.kernel == "registers" else StreamShape
+    return shape(
         int4=cfg.quant is not None,
         zeros=cfg.quant is not None and not cfg.quant.symmetric,
         group=group,
@@ -93,6 +98,10 @@ def stream_shape(
 def fits(cfg: MoEConfig, facts: DeviceFacts, tile: Tile, *, up: bool, direct: bool) -> bool:
     """Whether the device has the shared memory, and a lane the registers."""
     shape = stream_shape(cfg, tile, up=up, direct=direct)
-    # past a few thousand values a lane the staged inputs no longer fit the registers they pass through
-    held = shape.staged * shape.split * shape.width // (32 * shape.warps) if direct else 0
-    return shape.shared_bytes(direct) <= facts.shared_memory and held <= 128
+    if isinstance(shape, RegisterShape):
+        held = shape.held_words <= _MOST_HELD and shape.staged_inputs <= _MOST_STAGED
+    else:
+        # past a few thousand values the staged inputs no longer fit the registers they pass through
+        values = shape.staged * shape.split * shape.width // (32 * shape.warps)
+        held = not direct or values <= 128
+    return held and shape.shared_bytes(direct) <= facts.shared_memory

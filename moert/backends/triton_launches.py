@@ -84,7 +84,7 @@ def _gate_up(
     views: Views,
     direct: bool,
 ) -> Launch:
-    if tile.kernel in ("stream", "gathered"):
+    if tile.kernel in ("stream", "gathered", "registers"):
         return gate_up_stream(cfg, weights, tile, views, direct)
     if tile.kernel in ("specialised", "fixed"):
         return gate_up_specialised(cfg, weights, facts, tile, views)
@@ -120,7 +120,7 @@ def _down(
     views: Views,
     direct: bool,
 ) -> Launch:
-    if tile.kernel in ("stream", "gathered"):
+    if tile.kernel in ("stream", "gathered", "registers"):
         return down_stream(cfg, weights, tile, views, direct)
     if tile.kernel in ("specialised", "fixed"):
         return down_specialised(cfg, weights, facts, tile, views)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from moert.backends.base import Backend
 from moert.env import SORT_POLICIES
 from moert.errors import ConfigError
-from moert.plan import STRATEGIES, Choice
+from moert.plan import STRATEGIES, Choice, Tile
 
 _POLICY_STRATEGIES: Final = {
     0: STRATEGIES,
@@ -55,7 +55,13 @@ def usable(backend: Backend, choice: Choice, tokens: int, candidates: Sequence[C
 
 
 def crossed(medians: Mapping[Choice, float], most: int = 3) -> list[Choice]:
-    """Untimed pairs of the best gate/up and down tiles of choices that differ in tiles alone."""
+    """Untimed pairs of the best gate/up and down tiles of choices that differ in tiles alone.
+
+    Args:
+        medians: what choices took.
+        most: tiles of each GEMM. Those that are the first of their kind of kernel come on top; where nothing
+            is sorted, kernels are short, and how two of them overlap counts: twice as many.
+    """
     ranking = sorted(medians, key=medians.__getitem__)
     if not ranking or ranking[0].gate_up is None or ranking[0].down is None:
         return []
@@ -63,10 +69,22 @@ def crossed(medians: Mapping[Choice, float], most: int = 3) -> list[Choice]:
 
     def frame(choice: Choice) -> tuple[object, ...]:
         tile = choice.gate_up
-        return (choice.strategy, choice.dependent, None if tile is None else (tile.bm, tile.kernel))
+        # unsorted, the two GEMMs have nothing in common but h
+        blocks = None if tile is None or choice.strategy == "none" else (tile.bm, tile.kernel)
+        return (choice.strategy, choice.dependent, blocks)
 
     kin = [choice for choice in ranking if frame(choice) == frame(best)]
-    ups = list(dict.fromkeys(choice.gate_up for choice in kin))[:most]
-    downs = list(dict.fromkeys(choice.down for choice in kin))[:most]
+    most *= 2 if best.strategy == "none" else 1
+    ups = _foremost((choice.gate_up for choice in kin), most)
+    downs = _foremost((choice.down for choice in kin), most)
     pairs = (replace(best, gate_up=up, down=down) for up in ups for down in downs)
     return [pair for pair in pairs if pair not in medians]
+
+
+def _foremost(tiles: Iterable[Tile | None], most: int) -> list[Tile]:
+    """The first few, and the first of each kind of kernel."""
+    found = [tile for tile in dict.fromkeys(tiles) if tile is not None]
+    kinds: dict[str, Tile] = {}
+    for tile in found:
+        kinds.setdefault(tile.kernel, tile)
+    return list(dict.fromkeys((*found[:most], *kinds.values())))

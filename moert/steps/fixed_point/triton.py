@@ -12,9 +12,22 @@ from moert.steps.fixed_point.layout import STEP as _STEP
 
 BITS = tl.constexpr(_BITS)
 GROUP = tl.constexpr(_STEP)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: what it is added to becomes a whole number
 _INFINITE = tl.constexpr(0x7F800000)
 # 2^-125, the least unit: its inverse is a number, and what is smaller counts as zero
 _LEAST = tl.constexpr(0x1000000)
+
+
+@triton.jit
+def unit(largest):
+    """What a unit is worth, and its inverse, where the largest magnitude has these bits; NaN where that is
+    infinite or none."""
+    power = largest & _INFINITE
+    infinite = power == _INFINITE
+    power = tl.maximum(power, _LEAST + (BITS << 23))
+    worth = (power - (BITS << 23)).to(tl.float32, bitcast=True)
+    inverse = ((0x7F000000 - power) + (BITS << 23)).to(tl.float32, bitcast=True)
+    return tl.where(infinite, float("nan"), worth), inverse
 
 
 @triton.jit
@@ -40,18 +53,14 @@ def _split(
     x = tl.load(row_ptr + column, mask=there & (column < COLUMNS), other=0.0).to(tl.float32)
     bits = tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (GROUPS, GROUP))
     # whole numbers are in the order of magnitudes, and what is no number is above the infinite
-    power = tl.max(bits, 1) & _INFINITE
-    infinite = power == _INFINITE
-    power = tl.maximum(power, _LEAST + (BITS << 23))
-    worth = (power - (BITS << 23)).to(tl.float32, bitcast=True)
-    inverse = ((0x7F000000 - power) + (BITS << 23)).to(tl.float32, bitcast=True)
+    worth, inverse = unit(tl.max(bits, 1))
     scaled = tl.reshape(x, (GROUPS, GROUP)) * inverse[:, None]
     # a multiple of a half and a whole one to the nearest, ties to even, by the last bit of the sum
-    number = (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    number = (scaled + ROUND).to(tl.int32, bitcast=True) - 0x4B400000
     group = part * GROUPS + tl.arange(0, GROUPS)
     stored = there & (group < PADDED // GROUP)
     group += row * (PADDED // GROUP)
-    tl.store(worth_ptr + group, tl.where(infinite, float("nan"), worth), mask=stored)
+    tl.store(worth_ptr + group, worth, mask=stored)
     if sums_ptr is not None:
         total = tl.sum(number, 1).to(tl.float32)
         tl.store(sums_ptr + group, total * worth, mask=stored)

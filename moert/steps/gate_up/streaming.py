@@ -33,16 +33,32 @@ def intermediate(
 ):
     """w13 x [rows, bm] from row tile `tile` on -> columns n of h, [rows / 2] where gated, and h [.., bm]."""
     if S.paired:
-        width: gl.constexpr = S.rows // 2
         halves = gl.permute(gl.reshape(r, (S.row_tiles, 2, 8, S.bm)), (0, 2, 3, 1))
         gate, up = gl.split(halves)
-        gate = gl.convert_layout(gl.reshape(gate, (width, S.bm)), S.out)
-        up = gl.convert_layout(gl.reshape(up, (width, S.bm)), S.out)
-        n = tile * 8 + gl.arange(0, width, gl.SliceLayout(1, S.out))
+        gate = gl.reshape(gate, (S.rows // 2, S.bm))
+        up = gl.reshape(up, (S.rows // 2, S.bm))
     else:
-        up = gl.convert_layout(r, S.out)
-        gate = up
-        n = tile * 16 + gl.arange(0, S.rows, gl.SliceLayout(1, S.out))
+        gate, up = r, r
+    return activated(gate, up, expert, tile, b13_ptr, ACTIVATION, LIMIT, ALPHA, S)
+
+
+@gluon.jit
+def activated(
+    gate,
+    up,
+    expert,
+    tile,
+    b13_ptr,
+    ACTIVATION: gl.constexpr,
+    LIMIT: gl.constexpr,
+    ALPHA: gl.constexpr,
+    S: gl.constexpr,
+):
+    """`intermediate` of gate and up [columns, inputs]; not gated: both are the same."""
+    up = gl.convert_layout(up, S.out)
+    gate = gl.convert_layout(gate, S.out) if S.paired else up
+    first = tile * (8 if S.paired else 16)
+    n = first + gl.arange(0, up.shape[0], gl.SliceLayout(1, S.out))
     if b13_ptr is not None:
         bias = b13_ptr + expert.to(gl.int64) * (S.columns * (2 if S.paired else 1))
         column = gl.expand_dims(n, 1)

@@ -36,6 +36,15 @@ fewer programs fit); several row tiles a program in the portable kernels (62 for
 inputs without a mask, which read a row for every padding slot (88 for 54); scales multiplied into the
 weights instead of the products (a quarter slower, through shared memory).
 
+One launch for both GEMMs of few tokens was tried: programs of the second behind those of the first in the
+grid's order, their weights asked for before they wait for a count of the token's programs that are done.
+It is slower; two launches and one, the same tiles and the best of five pairs, bfloat16: E=256 K=8 H=3072
+I=384, T=1 17.7 and 18.9, T=4 53.5 and 54.4; E=128 K=8 H=2048 I=768, T=1 22.3 and 25.1, T=2 36.9 and 39.2;
+E=8 K=2 H=4096 I=14336, T=1 168 and 193. Once it was faster, E=256 K=8 H=7168 I=256, T=4 83.6 and 82.7,
+where portable kernels take 80.5. int4, T=1: 10.1 and 12.2, 13.7 and 16.4, 66.9 and 77.7. A fence and a
+count for each program cost more than the launch, and programs that wait take the places of those that
+read.
+
 Rows that an expert has beyond one block, in the sorted kernels: a program takes up to four blocks of 8 rows
 of its expert together (`rows.py`), with instructions for 8, 16 or 32 rows as there are. Where every expert
 has one block that costs nothing in bfloat16 (E=128 K=8 H=2048 I=768, T=64: 279.5 us together and one by one)

@@ -26,7 +26,7 @@ def _columns(value, part: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _codes(codes, part: gl.constexpr, PARTS: gl.constexpr):
+def codes_of_part(codes, part: gl.constexpr, PARTS: gl.constexpr):
     """Codes of one of PARTS parts of [split, row tiles, BLOCKS, 8, 4, WORDS]: blocks first, then words."""
     if PARTS > 1:
         split: gl.constexpr = codes.shape[0]
@@ -41,7 +41,7 @@ def _codes(codes, part: gl.constexpr, PARTS: gl.constexpr):
             halves = gl.permute(halves, (0, 1, 2, 3, 4, 6, 5))
         first, second = gl.split(halves)
         upper: gl.constexpr = part >= PARTS // 2
-        codes = _codes(second if upper else first, part % (PARTS // 2), PARTS // 2)
+        codes = codes_of_part(second if upper else first, part % (PARTS // 2), PARTS // 2)
     return codes
 
 
@@ -108,7 +108,9 @@ def add(acc, taken, x, sums, it, weight, S: gl.constexpr):
             else:
                 zero = 8.0 + OFFSET
             product = gl.full([S.split, S.rows, x.shape[2]], 0, gl.float32, S.mma)
-            product = mma_v2(widen(_codes(codes, part, PARTS), COLUMNS, x.dtype, S), b, product)
+            product = mma_v2(
+                widen(codes_of_part(codes, part, PARTS), COLUMNS, x.dtype, S), b, product
+            )
             if total is None:
                 total = _sum_up(b, _no_sums(b, S), COLUMNS, S)
                 total = _for_all_tiles(total, product, S)
@@ -162,7 +164,7 @@ def _piece(product, total, codes, rows, PIECE: gl.constexpr, S: gl.constexpr):
     """What a piece of the columns adds to the product of codes and rows [split, bm, width], and to their
     sums."""
     x = rows.slice(PIECE * S.piece, S.piece, 2).permute((0, 2, 1)).load(S.b)
-    w = widen(_codes(codes, PIECE, S.width // S.piece), S.piece, x.dtype, S)
+    w = widen(codes_of_part(codes, PIECE, S.width // S.piece), S.piece, x.dtype, S)
     return mma_v2(w, x, product), _sum_up(x, total, S.piece, S)
 
 
