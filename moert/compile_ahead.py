@@ -43,7 +43,7 @@ main(parent)
 CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
 
 # parts of the names of kernels that take longest, the longest first
-SLOW: Final = ("specialised_int4", "specialised", "stream")
+SLOW: Final = ("specialised_int4", "specialised", "registers", "stream")
 
 
 class Ahead(Protocol):

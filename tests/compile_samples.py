@@ -68,8 +68,13 @@ def sampled_streams(arch: str) -> list[Variant]:
     """The first choice of each kind, and the one that takes most rows together; of rows that are no whole
     steps."""
     found, facts = [], KNOWN_DEVICES[arch]
-    for quant in (Quant("int4", 32, symmetric=False), None):
-        cfg = MoEConfig(24, 3, 528, 200, dtype="float16", quant=quant)
+    base = MoEConfig(24, 3, 528, 200, dtype="float16")
+    for cfg in (
+        replace(base, quant=Quant("int4", 32, symmetric=False)),
+        replace(base, quant=Quant("int4", 32)),
+        replace(base, quant=Quant("int4", 128), gated=False, activation="relu2"),
+        base,
+    ):
         direct = list(direct_choices(cfg, facts, 8))
         grouped = sorted(grouped_choices(cfg, facts, "one_shot", 32), key=_together)
         # through registers where there are such, and through a ring

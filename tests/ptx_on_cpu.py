@@ -39,6 +39,7 @@ _PAIRS = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
 
 def _prmt(a: torch.Tensor, b: torch.Tensor, selector: int) -> torch.Tensor:
     """PTX ISA, "prmt": byte i is the one of b and a that nibble i of the selector says."""
+    assert selector & 0x8888 == 0, "signs are not copied here"
     pool = a | (b << 32)
     picked = [(pool >> (8 * (selector >> 4 * i & 7)) & 0xFF) << (8 * i) for i in range(4)]
     return picked[0] | picked[1] | picked[2] | picked[3]

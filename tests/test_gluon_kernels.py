@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import gluon_on_cpu
 import pytest
@@ -21,6 +22,7 @@ from runtime_cases import NAN, make_case
 from moert import ExpertWeights, MoEConfig
 from moert.arena import Arena, layout
 from moert.backends import fixed_tiles, specialised_tiles, stream_choices
+from moert.backends.stream_tiles import stream_shape
 from moert.backends.triton import TritonBackend
 from moert.call import Call, call_key
 from moert.config import Quant
@@ -75,6 +77,10 @@ def cases() -> Iterator[tuple[str, Choice, int]]:
             yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), tokens
         for tile in fixed_tiles.every_tile(cfg, FEW_UNITS):
             yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), 60
+
+
+def kernels_of(choice: Choice) -> set[str]:
+    return {tile.kernel for tile in choice.tiles}
 
 
 def gathers(choice: Choice) -> bool:
@@ -138,8 +144,10 @@ def test_live_counts(name: str, live: int) -> None:
     """The first choice of each kind."""
     cfg = LAYERS[name]
     backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
+    direct = list(stream_choices.direct_choices(cfg, FEW_UNITS, 1))
     kinds = (
-        stream_choices.direct_choices(cfg, FEW_UNITS, 1),
+        (c for c in direct if kernels_of(c) == {"stream"}),
+        (c for c in direct if kernels_of(c) == {"registers"}),
         (c for c in stream_choices.direct_choices(cfg, FEW_UNITS, 8) if gathers(c)),
         stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 9),
         specialised_tiles.choices(cfg, FEW_UNITS, "multi_phase", 1000.0),
@@ -148,16 +156,41 @@ def test_live_counts(name: str, live: int) -> None:
     for choices in kinds:
         choice = next(choices, None)
         if choice is None:
-            assert choices is kinds[-1] and fixed_tiles.refuses(cfg, FEW_UNITS) is not None
+            held = choices is kinds[1] and cfg.quant is None
+            assert held or (choices is kinds[-1] and fixed_tiles.refuses(cfg, FEW_UNITS))
             continue
         tokens = 9 if choice.strategy != "none" else max(3, live)
         run(backend, replace(choice, dependent=False), tokens, live)
 
 
 @pytest.mark.parametrize("outlier", [30.0, 300.0])
-@pytest.mark.parametrize("name", ["g128", "g128, zero points"])
+@pytest.mark.parametrize("name", ["g128", "g128, zero points", "g32, zero points", "a group a row"])
 def test_fixed_point_bears_a_column_far_above_the_others(name: str, outlier: float) -> None:
     cfg = LAYERS[name]
     backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
-    choice = next(fixed_tiles.choices(cfg, FEW_UNITS, "one_shot", 8.0))
-    run(backend, replace(choice, dependent=False), 20, None, outlier)
+    held = next(stream_choices.direct_choices(cfg, FEW_UNITS, 1))
+    assert kernels_of(held) == {"registers"}
+    run(backend, replace(held, dependent=False), 3, None, outlier)
+    for choice in islice(fixed_tiles.choices(cfg, FEW_UNITS, "one_shot", 8.0), 1):
+        run(backend, replace(choice, dependent=False), 20, None, outlier)
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize(
+    "quant", [Quant("int4", 32), Quant("int4", 128), Quant("int4", 64, symmetric=False)], ids=str
+)
+def test_registers_are_filled_again(quant: Quant, up: bool) -> None:
+    """Rows that are longer than what lanes hold; with groups of 32, four of them side by side."""
+    sizes = (2064, 88) if up else (144, 2072)
+    cfg = MoEConfig(4, 3, *sizes, dtype="float16", quant=quant)
+    backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
+    found = stream_choices.direct_choices(cfg, FEW_UNITS, 1)
+    held = [c for c in found if kernels_of(c) == {"registers"}]
+    tiles = list(dict.fromkeys(c.gate_up if up else c.down for c in held))
+    shapes = {t: stream_shape(cfg, t, up=up, direct=True) for t in tiles if t}
+    again = [t for t, shape in shapes.items() if shape.iterations > shape.stages]
+    assert len(again) >= 2
+    assert {shapes[t].sub for t in again} == {128 // quant.group_size}
+    for tile in again[:3]:
+        choice = replace(held[0], **{"gate_up" if up else "down": tile}, dependent=False)
+        run(backend, choice, 2, None)

@@ -19,6 +19,7 @@ from moert.config import MoEConfig, Quant
 from moert.device import KNOWN_DEVICES, DeviceFacts, device_facts
 from moert.plan import STRATEGIES, Tile
 from moert.quantization.int4_layout import Int4Matrix
+from moert.steps.registers.shape import RegisterShape
 from moert.steps.streaming.shape import StreamShape
 from moert.weights import ExpertWeights
 
@@ -126,6 +127,7 @@ def test_only_readable_weights_are_streamed() -> None:
             kernels = {tile.kernel for c in choices for tile in (c.gate_up, c.down) if tile}
             assert "tile" in kernels
             assert ("stream" in kernels) == (expected and tokens < 8192)
+            assert ("registers" in kernels) == (expected and tokens <= 8)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -169,6 +171,8 @@ def test_every_block_of_weights_is_read_once(name: str) -> None:
         assert rows >= shape.all_tiles > rows - shape.row_tiles * shape.repeats
         assert shape.staged >= shape.iterations
         assert shape.asked >= shape.iterations + shape.stages - 1
+        if isinstance(shape, RegisterShape):
+            assert shape.asked >= (shape.turns + 1) * shape.stages > shape.iterations
 
 
 def read_blocks(shape: StreamShape) -> Iterator[tuple[int, int, int]]:

@@ -24,7 +24,8 @@ class _Lists(NamedTuple):
 
     The first of each list is where the others start from: sorted, the two GEMMs hardly influence each other.
     Of 36 to 66 shapes timed on an H200 for each list of direct and grouped kernels, these few together were
-    within 1% of the best in every cell of four to five layers and five T (greedily chosen).
+    within 1% of the best in every cell of four to five layers and five T (greedily chosen). Of direct int4
+    shapes those are left that were best somewhere beside kernels through registers.
 
     Args:
         direct_up, direct_down: a row a program.
@@ -48,7 +49,9 @@ class _Lists(NamedTuple):
 
 _INT4 = _Lists(
     direct_up=((2, 1, 2, 2, 4, 1), (1, 1, 2, 4, 3, 1), (2, 1, 2, 2, 3, 1)),
-    direct_down=((2, 1, 8, 2, 4, 1), (2, 1, 4, 2, 3, 1), (4, 1, 8, 2, 3, 1)),
+    direct_down=(
+        *((2, 1, 8, 2, 4, 1), (2, 1, 4, 2, 3, 1), (4, 1, 8, 2, 3, 1), (4, 1, 4, 2, 4, 1)),
+    ),
     held_up=(
         *((1, 1, 4, 2, 6, 1), (2, 1, 4, 2, 4, 1), (1, 1, 8, 2, 3, 1), (1, 1, 4, 4, 3, 1)),
         *((2, 1, 8, 2, 2, 1),),
@@ -148,13 +151,16 @@ def direct_choices(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Iterator[
     def tiles(shapes: _Shapes, up: bool, kernel: str) -> list[Tile]:
         return _tiles(cfg, facts, shapes, up, LEAST, kernel, direct=kernel != "gathered")
 
+    ups, downs = tiles(lists.direct_up, True, "stream"), tiles(lists.direct_down, False, "stream")
+    ring = list(_pairs("none", ups, downs, facts))
+    ups, downs = tiles(lists.held_up, True, "registers"), tiles(lists.held_down, False, "registers")
     # which of these goes well with which is a matter of how programs of the two share a unit: E=128 K=8
     # H=2048 I=768, T=1 on an H200: the best of one varied at a time 9.8 us, of all 8.8
-    for up in tiles(lists.held_up, True, "registers"):
-        for down in tiles(lists.held_down, False, "registers"):
-            yield Choice("none", up, down, facts.dependent_launch)
-    ups, downs = tiles(lists.direct_up, True, "stream"), tiles(lists.direct_down, False, "stream")
-    yield from _pairs("none", ups, downs, facts)
+    held = [Choice("none", up, down, facts.dependent_launch) for up in ups for down in downs]
+    # where lanes have too many inputs to make numbers of for the first tile, others are slow as well: E=8 K=2
+    # H=4096 I=14336, T=1: 53.4 us, through the ring 50.6
+    slow = downs[:1] != tiles(lists.held_down[:1], False, "registers")
+    yield from (*ring, *held) if slow else (*held, *ring)
     if 1 < tokens <= LEAST:
         ups = tiles(lists.gathered_up, True, "gathered")
         downs = tiles(lists.gathered_down, False, "gathered")

@@ -33,19 +33,19 @@ from moert.steps.gate_up.streaming_grouped import (
 )
 from moert.weights import ExpertWeights
 
-# (direct, gathered, grouped, through registers)
-_GATE_UP = (
-    gate_up_direct_stream_kernel,
-    gate_up_gathered_stream_kernel,
-    gate_up_grouped_stream_kernel,
-    gate_up_direct_registers_kernel,
-)
-_DOWN = (
-    down_direct_stream_kernel,
-    down_gathered_stream_kernel,
-    down_grouped_stream_kernel,
-    down_direct_registers_kernel,
-)
+# by kind of tile, and what follows a sort
+_GATE_UP = {
+    "grouped": gate_up_grouped_stream_kernel,
+    "stream": gate_up_direct_stream_kernel,
+    "gathered": gate_up_gathered_stream_kernel,
+    "registers": gate_up_direct_registers_kernel,
+}
+_DOWN = {
+    "grouped": down_grouped_stream_kernel,
+    "stream": down_direct_stream_kernel,
+    "gathered": down_gathered_stream_kernel,
+    "registers": down_direct_registers_kernel,
+}
 
 
 def gate_up_stream(
@@ -97,14 +97,11 @@ def _launch(
         strides = (matrix.stride(0), matrix.stride(1))
     gathered = tile.kernel == "gathered"
     direct = unsorted and not gathered
-    kernels = _GATE_UP if up else _DOWN
     shape = stream_shape(
         cfg, tile, up=up, direct=direct, interleaved=weights.interleaved, strides=strides
     )
     constants = {**constants, "S": shape}
-    kernel = kernels[0 if direct else 1 if gathered else 2]
-    if tile.kernel == "registers":
-        kernel = kernels[3]
+    kernel = (_GATE_UP if up else _DOWN)[tile.kernel if unsorted else "grouped"]
     if unsorted:
         constants["E"] = cfg.num_experts
         grid = direct_grid(shape.tiles, cfg.top_k if up or gathered else 1)

@@ -87,6 +87,8 @@ class TritonBackend(Backend):
         if special:
             fits = [kinds[tile.kernel].fits(self.cfg, self.facts, tile) for tile in special]
             return all(fits) and specialised_tiles.readable(self.weights)
+        if self.cfg.quant is None and any(tile.kernel == "registers" for tile in tiles):
+            return False
         return all(t.kernel == "tile" for t in tiles) or stream_tiles.readable(self.weights)
 
     def infeasible(self, strategy: str, tokens: int) -> str | None:

@@ -109,7 +109,9 @@ class Variant:
 
     @property
     def needs_matrix(self) -> bool:
-        units = any(word in self.kernel for word in ("grouped", "stream", "specialised"))
+        units = any(
+            word in self.kernel for word in ("grouped", "stream", "registers", "specialised")
+        )
         return units and self.layer.cfg.dtype != "float32"
 
     @property

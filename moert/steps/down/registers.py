@@ -1,9 +1,10 @@
 """Down GEMM of one token a program, weights streamed through registers (`moert/steps/registers`): int4,
 NVIDIA.
 
-The portable twin is `down/int4.py`; what is written is the same, up to the order of sums, which is fixed
-here too. A program goes through the token's experts, warps side by side, and so combines without atomics.
-The routing is older than the gate/up GEMM: weights are asked for before the wait for h.
+The portable twin is `down/int4.py`; what is written is the same, up to the rounding of h to 15 bits and
+the order of sums, which is fixed here too. A program goes through the token's experts, warps side by side,
+and so combines without atomics. The routing is older than the gate/up GEMM: weights are asked for before
+the wait for h.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
-from moert.steps.down.streaming import bias
+from moert.steps.down.streaming import add_biases
 from moert.steps.registers.codes import hold_by_slot
 from moert.steps.registers.numbers import stage_numbers
 from moert.steps.registers.products import add, in_rows, nothing, total
 from moert.steps.registers.values import item_of_entries, stage_values
+from moert.steps.streaming.inputs import load_slots
 
 
 @gluon.jit(do_not_specialize=CALL_INTS)
@@ -79,15 +81,7 @@ def down_direct_registers_kernel(
         gl.store(out, gl.full([S.rows], 0, DTYPE, S.flat), mask=(n < S.columns) & (pad_zero != 0))
         return
     factors.store(factor)
-    it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
-    part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))
-    item = gl.expand_dims(gl.expand_dims(it * S.split, 1) + gl.expand_dims(part, 0), 2)
-    k = gl.arange(0, S.width, gl.SliceLayout(0, gl.SliceLayout(0, S.line)))
-    k = (item % S.steps) * S.width + gl.expand_dims(gl.expand_dims(k, 0), 0)
-    routed = experts.slice(0, S.staged, 0).load(gl.SliceLayout(2, S.line))
-    row = (token * K + item // S.steps).to(gl.int64)
-    mask = (k < S.reduction) & (gl.expand_dims(routed, 2) >= 0)
-    h = gl.load(h_ptr + row * S.reduction + k, mask=mask, other=0.0)
+    h = load_slots(h_ptr, token, experts, K, S)
     staged = stage_numbers(h, S)
     async_copy.wait_group(0)
     weights = factors._reinterpret(gl.float32, [S.asked, S.split], S.plain(1))
@@ -103,16 +97,7 @@ def down_direct_registers_kernel(
     low, high = total(sums, S)
     all_rows = gl.convert_layout(in_rows(low, high, S), S.flat)
     if b2_ptr is not None:
-        for k_slot in range(K):
-            mine = load_expert_id(ids_ptr, ids_stride, ids_words, token, k_slot, alive, E)
-            its_weight = load_routing_weight(
-                weights_f32_ptr,
-                weights_ptr,
-                weights_stride,
-                weights_are_f32,
-                token,
-                k_slot,
-                mine >= 0,
-            )
-            all_rows += bias(b2_ptr, mine, its_weight, n, S)
+        ids = (ids_ptr, ids_stride, ids_words)
+        weights = (weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32)
+        all_rows = add_biases(all_rows, b2_ptr, ids, weights, token, alive, n, E, K, S)
     gl.store(out, all_rows.to(DTYPE), mask=n < S.columns)

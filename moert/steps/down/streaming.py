@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id, load_routing_weight
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
+from moert.steps.streaming.inputs import load_slots
 from moert.steps.streaming.products import add, group_sums, one_row
 from moert.steps.streaming.stages import ask_by_slot, rings, take
 
@@ -29,6 +30,24 @@ def bias(b2_ptr, expert, weight, n, S: gl.constexpr):
         other=0.0,
     )
     return b.to(gl.float32) * weight
+
+
+@gluon.jit
+def add_biases(
+    total, b2_ptr, ids, weights, token, alive, n, E: gl.constexpr, K: gl.constexpr, S: gl.constexpr
+):
+    """total, fp32, and the weighted biases of a token's experts, of columns n.
+
+    Args:
+        ids, weights: the pointers, strides and kinds that `load_expert_id` and `load_routing_weight` take.
+    """
+    for slot in range(K):
+        expert = load_expert_id(ids[0], ids[1], ids[2], token, slot, alive, E)
+        weight = load_routing_weight(
+            weights[0], weights[1], weights[2], weights[3], token, slot, expert >= 0
+        )
+        total += bias(b2_ptr, expert, weight, n, S)
+    return total
 
 
 @gluon.jit(do_not_specialize=CALL_INTS)
@@ -87,15 +106,7 @@ def down_direct_stream_kernel(
         gl.store(out, gl.full([S.rows], 0, DTYPE, S.flat), mask=(n < S.columns) & (pad_zero != 0))
         return
     factors.store(factor)
-    it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
-    part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))
-    item = gl.expand_dims(gl.expand_dims(it * S.split, 1) + gl.expand_dims(part, 0), 2)
-    k = gl.arange(0, S.width, gl.SliceLayout(0, gl.SliceLayout(0, S.line)))
-    k = (item % S.steps) * S.width + gl.expand_dims(gl.expand_dims(k, 0), 0)
-    routed = experts.slice(0, S.staged, 0).slice(0, S.split, 1).load(gl.SliceLayout(2, S.line))
-    row = (token * K + item // S.steps).to(gl.int64)
-    mask = (k < S.reduction) & (gl.expand_dims(routed, 2) >= 0)
-    h = gl.load(h_ptr + row * S.reduction + k, mask=mask, other=0.0)
+    h = load_slots(h_ptr, token, experts, K, S)
     hs.store(h)
     sums = None
     if S.int4:
@@ -117,16 +128,7 @@ def down_direct_stream_kernel(
     # all columns are the same token: their mean is each of them, exactly, for powers of two
     total = gl.convert_layout(gl.sum(gl.sum(acc, 2), 0) * (1.0 / S.bm), S.flat)
     if b2_ptr is not None:
-        for k_slot in range(K):
-            mine = load_expert_id(ids_ptr, ids_stride, ids_words, token, k_slot, alive, E)
-            its_weight = load_routing_weight(
-                weights_f32_ptr,
-                weights_ptr,
-                weights_stride,
-                weights_are_f32,
-                token,
-                k_slot,
-                mine >= 0,
-            )
-            total += bias(b2_ptr, mine, its_weight, n, S)
+        ids = (ids_ptr, ids_stride, ids_words)
+        weights = (weights_f32_ptr, weights_ptr, weights_stride, weights_are_f32)
+        total = add_biases(total, b2_ptr, ids, weights, token, alive, n, E, K, S)
     gl.store(out, total.to(DTYPE), mask=n < S.columns)

@@ -9,6 +9,9 @@ The rounding is half of 2^(e - 13): at most 2^-14 of the largest magnitude of th
 bfloat16 is itself rounded to 2^-9 of its own. What is no number, or infinite, makes the unit NaN, and with
 it all that the 128 add to.
 
+What is here makes rows for sorted kernels (`moert/steps/specialised`); those through registers make the
+numbers they need themselves (`moert/steps/registers/numbers.py`).
+
 A row is stored as [2, columns] int8, both bytes of a column as far apart as the row is long, columns filled
 up with zeros to whole steps of 128. The columns of each 16 stand in the order in which a lane finds int4
 codes (`moert/quantization/int4_layout.py`): place 4 * c + i holds column 8 * (i % 2) + 2 * c + i // 2.

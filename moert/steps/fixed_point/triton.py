@@ -21,7 +21,7 @@ _LEAST = tl.constexpr(0x1000000)
 @triton.jit
 def unit(largest):
     """What a unit is worth, and its inverse, where the largest magnitude has these bits; NaN where that is
-    infinite or none."""
+    infinite or not a number."""
     power = largest & _INFINITE
     infinite = power == _INFINITE
     power = tl.maximum(power, _LEAST + (BITS << 23))

@@ -1,7 +1,7 @@
 """Gate/up GEMM of one row a program, weights streamed through registers (`moert/steps/registers`): int4,
 NVIDIA.
 
-The portable twin is `gate_up/int4.py`; what is written is the same.
+The portable twin is `gate_up/int4.py`; what is written is the same, up to the rounding of x to 15 bits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from moert.steps.registers.codes import hold
 from moert.steps.registers.numbers import stage_numbers
 from moert.steps.registers.products import add, in_rows, nothing, total
 from moert.steps.registers.values import entries, stage_values
+from moert.steps.streaming.inputs import load_row
 
 
 @gluon.jit(do_not_specialize=CALL_INTS)
@@ -48,14 +49,8 @@ def gate_up_direct_registers_kernel(
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     alive = token < live_tokens(num_tokens, num_valid_ptr)
-    it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
-    part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))
-    k = gl.arange(0, S.width, gl.SliceLayout(0, gl.SliceLayout(0, S.line)))
-    start = (gl.expand_dims(it * S.split, 1) + gl.expand_dims(part, 0)) * S.width
-    k = gl.expand_dims(start, 2) + gl.expand_dims(gl.expand_dims(k, 0), 0)
-    x_row = x_ptr + token.to(gl.int64) * x_stride
     # before anybody knows the expert: products wait for what is made of these
-    x = gl.load(x_row + k, mask=(k < S.reduction) & alive, other=0.0)
+    x = load_row(x_ptr + token.to(gl.int64) * x_stride, alive, S)
     expert = load_expert_id(ids_ptr, ids_stride, ids_words, token, slot, alive, E)
     if expert < 0:
         return

@@ -16,6 +16,7 @@ from moert.steps.activation.triton import activate
 from moert.steps.call_args import CALL_INTS, live_tokens, load_expert_id
 from moert.steps.dependent_launch import let_successor_start, wait_for_predecessor
 from moert.steps.gate_up.triton import add_bias
+from moert.steps.streaming.inputs import load_row
 from moert.steps.streaming.products import add, group_sums, one_row
 from moert.steps.streaming.stages import ask, rings, take
 
@@ -104,13 +105,7 @@ def gate_up_direct_stream_kernel(
     for i in gl.static_range(S.stages - 1):
         ask(ring, i, tile, w, e64, S)
         async_copy.commit_group()
-    it = gl.arange(0, S.staged, gl.SliceLayout(1, gl.SliceLayout(2, S.line)))
-    part = gl.arange(0, S.split, gl.SliceLayout(0, gl.SliceLayout(2, S.line)))
-    k = gl.arange(0, S.width, gl.SliceLayout(0, gl.SliceLayout(0, S.line)))
-    start = (gl.expand_dims(it * S.split, 1) + gl.expand_dims(part, 0)) * S.width
-    k = gl.expand_dims(start, 2) + gl.expand_dims(gl.expand_dims(k, 0), 0)
-    x_row = x_ptr + token.to(gl.int64) * x_stride
-    x = gl.load(x_row + k, mask=k < S.reduction, other=0.0)
+    x = load_row(x_ptr + token.to(gl.int64) * x_stride, None, S)
     xs.store(x)
     sums = None
     if S.int4:

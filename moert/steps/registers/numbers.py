@@ -33,21 +33,21 @@ def stage_numbers(x, S: gl.constexpr):
     """Inputs [staged, split, width] as numbers in shared memory.
 
     Returns:
-        [staged, split, blocks, plane, 4, 4] int32, four bytes of 16 columns for each quarter of the lanes;
-        what a unit of a piece's numbers is worth, [staged * pieces, split] fp32, and what the numbers of each
-        of its groups add up to, [staged * pieces, sub, split] fp32.
+        [staged, split, blocks, plane, 4, 4] int32, four bytes of 16 columns for each lane % 4;
+        what a unit of a span's numbers is worth, [staged * spans, split] fp32, and what the numbers of each
+        of its groups add up to, [staged * spans, sub, split] fp32.
     """
-    GROUP: gl.constexpr = S.piece // S.sub
-    pieces = gl.reshape(x.to(gl.float32), (S.staged, S.split, S.pieces, S.piece))
-    worth, inverse = unit(gl.max(gl.abs(pieces), 3).to(gl.int32, bitcast=True))
-    rounded = pieces * gl.expand_dims(inverse, 3) + ROUND
-    groups = gl.reshape(rounded - ROUND, (S.staged, S.split, S.pieces, S.sub, GROUP))
+    GROUP: gl.constexpr = S.span // S.sub
+    spans = gl.reshape(x.to(gl.float32), (S.staged, S.split, S.spans, S.span))
+    worth, inverse = unit(gl.max(gl.abs(spans), 3).to(gl.int32, bitcast=True))
+    rounded = spans * gl.expand_dims(inverse, 3) + ROUND
+    groups = gl.reshape(rounded - ROUND, (S.staged, S.split, S.spans, S.sub, GROUP))
     totals = gl.sum(groups, 4)
     # the largest of numbers and NaN is a number, their sum is not
     total = gl.convert_layout(gl.sum(totals, 3), worth.type.layout)
     worth = gl.where(total != total, float("nan"), worth)
     number = rounded.to(gl.int32, bitcast=True)
-    # four lanes' bytes of 16 columns are columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9
+    # of 16 columns, lanes with lane % 4 = c have 2 c, 2 c + 8, 2 c + 1, 2 c + 9, in the bytes of one word
     number = gl.reshape(number, (S.staged, S.split, S.blocks, 4, 2, 4, 2))
     even, odd = gl.split(gl.permute(number, (0, 1, 2, 5, 3, 4, 6)))
     a, b = gl.split(even)
@@ -58,10 +58,10 @@ def stage_numbers(x, S: gl.constexpr):
     )
     numbers.store(planes)
     numbers = numbers._reinterpret(gl.int32, [S.staged, S.split, S.blocks, 2, 4, 4], S.plain(5))
-    worths = gl.allocate_shared_memory(gl.float32, [S.staged, S.pieces, S.split], S.plain(3))
+    worths = gl.allocate_shared_memory(gl.float32, [S.staged, S.spans, S.split], S.plain(3))
     worths.store(gl.permute(worth, (0, 2, 1)))
-    sums = gl.allocate_shared_memory(gl.float32, [S.staged, S.pieces, S.sub, S.split], S.plain(4))
+    sums = gl.allocate_shared_memory(gl.float32, [S.staged, S.spans, S.sub, S.split], S.plain(4))
     sums.store(gl.permute(totals, (0, 2, 3, 1)))
-    worths = worths._reinterpret(gl.float32, [S.staged * S.pieces, S.split], S.plain(1))
-    sums = sums._reinterpret(gl.float32, [S.staged * S.pieces, S.sub, S.split], S.plain(2))
+    worths = worths._reinterpret(gl.float32, [S.staged * S.spans, S.split], S.plain(1))
+    sums = sums._reinterpret(gl.float32, [S.staged * S.spans, S.sub, S.split], S.plain(2))
     return numbers, worths, sums

@@ -5,7 +5,7 @@ where 16-bit floats take seven for all. The low nibbles of a word are codes of r
 are; the high ones, of rows 8 to 15, are taken as 16 * (code - 8): that sign needs no shift.
 
 The instruction has a column for the upper bits of the inputs and one for the lower ones, and so four pairs of
-columns. Where groups have fewer columns than `S.piece`, each pair is one group's: the inputs of others are
+columns. Where groups have fewer columns than `S.span`, each pair is one group's: the inputs of others are
 zero there, and lanes have products of different groups rather than the same ones four times.
 
 Its 32 columns of a row are two words of a lane, 4 columns each, in the order that nibbles have in a word
@@ -17,6 +17,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moert.steps.fixed_point.codes import signed_asm
+
 
 @gluon.jit
 def _low_nibbles(codes):
@@ -27,7 +29,7 @@ def _low_nibbles(codes):
 @gluon.jit
 def _high_nibbles(codes):
     """Less 8, times 16."""
-    asm: gl.constexpr = "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;"
+    asm: gl.constexpr = signed_asm(1)
     return gl.inline_asm_elementwise(asm, "=r,r", [codes], gl.int32, True, 1)
 
 
@@ -41,30 +43,30 @@ def _bytes(word):
 
 @gluon.jit
 def weights(codes, S: gl.constexpr):
-    """Codes [split, row tiles, blocks, 8, 4, 4] as the first operand [split, rows, piece]."""
+    """Codes [split, row tiles, blocks, 8, 4, 4] as the first operand [split, rows, span]."""
     a = gl.join(_bytes(_low_nibbles(codes)), _bytes(_high_nibbles(codes)))
     # split, tile, block, g, c, word, byte (2), half -> split, tile, half, g, block, word, c, byte
     a = gl.permute(a, (0, 1, 8, 3, 2, 5, 4, 6, 7))
-    return gl.convert_layout(gl.reshape(a, (S.split, S.rows, S.piece)), S.a8, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(a, (S.split, S.rows, S.span)), S.a8, assert_trivial=True)
 
 
 @gluon.jit
 def _own_group(like, S: gl.constexpr):
-    """Which words [split, piece / 64, plane, 4, word, pair] are of the group that the pair is for."""
-    BLOCKS: gl.constexpr = S.piece // 64
+    """Which words [split, span / 64, plane, 4, word, pair] are of the group that the pair is for."""
+    BLOCKS: gl.constexpr = S.span // 64
     SIZE: gl.constexpr = S.split * BLOCKS * 128
     flat = gl.reshape(like, (SIZE,))
     place = gl.reshape(gl.arange(0, SIZE, flat.type.layout), like.shape)
     place = gl.convert_layout(place, like.type.layout, assert_trivial=True)
     column = place // 128 % BLOCKS * 64 + place // 4 % 4 * 16
-    return column // (S.piece // S.sub) == place % 4 * S.sub // 4
+    return column // (S.span // S.sub) == place % 4 * S.sub // 4
 
 
 @gluon.jit
 def inputs(numbers, S: gl.constexpr):
-    """Numbers [split, piece / 64, plane, 4, 4] int32 in shared memory as the second operand."""
-    BLOCKS: gl.constexpr = S.piece // 64
-    like = gl.full([S.split, S.piece, 8], 0, gl.int8, S.b8)
+    """Numbers [split, span / 64, plane, 4, 4] int32 in shared memory as the second operand."""
+    BLOCKS: gl.constexpr = S.span // 64
+    like = gl.full([S.split, S.span, 8], 0, gl.int8, S.b8)
     like = gl.reshape(like, (S.split, BLOCKS, 4, 4, 4, 4, 2))
     # split, block, word, c, byte, pair, plane -> split, block, plane, c, word, pair, byte
     like = gl.permute(like, (0, 1, 6, 3, 2, 5, 4))
@@ -77,4 +79,4 @@ def inputs(numbers, S: gl.constexpr):
     b = _bytes(words)
     # split, block, plane, c, word, pair, byte (2) -> split, block, word, c, byte, pair, plane
     b = gl.permute(b, (0, 1, 4, 3, 6, 7, 5, 2))
-    return gl.convert_layout(gl.reshape(b, (S.split, S.piece, 8)), S.b8, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(b, (S.split, S.span, 8)), S.b8, assert_trivial=True)

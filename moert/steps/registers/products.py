@@ -46,7 +46,7 @@ def nothing(S: gl.constexpr):
 
 @gluon.jit
 def _product(codes, numbers, S: gl.constexpr):
-    """Codes of a piece times its numbers: rows 0 to 7 of each tile, and 16 times rows 8 to 15."""
+    """Codes of a span times its numbers: rows 0 to 7 of each tile, and 16 times rows 8 to 15."""
     zero = gl.full([S.split, S.rows, 8], 0, gl.int32, S.mma)
     product = mma_v2(weights(codes, S), inputs(numbers, S), zero)
     upper, lower = gl.split(gl.reshape(product, (S.split, S.rows, 4, 2)))
@@ -66,23 +66,23 @@ def add(sums, codes, values, staged, step, weight, S: gl.constexpr):
     """
     low, high = sums
     numbers, worths, totals = staged
-    PIECES: gl.constexpr = S.pieces
-    BLOCKS: gl.constexpr = S.blocks // PIECES
+    SPANS: gl.constexpr = S.spans
+    BLOCKS: gl.constexpr = S.blocks // SPANS
     VALUES: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, _by_group(S).type.layout))
     TOTALS: gl.constexpr = gl.SliceLayout(2, VALUES)
     codes = gl.reshape(codes, (S.split, S.row_tiles, S.blocks, 8, 4, 4))
-    for i in gl.static_range(PIECES):
-        piece = step * PIECES + i
-        group = step * S.scaled + i * S.scaled // PIECES
+    for i in gl.static_range(SPANS):
+        span = step * SPANS + i
+        group = step * S.scaled + i * S.scaled // SPANS
         its_numbers = numbers.index(step).slice(i * BLOCKS, BLOCKS, 1)
-        its_low, its_high = _product(codes_of_part(codes, i, PIECES), its_numbers, S)
-        worth = worths.index(piece).load(gl.SliceLayout(0, TOTALS))
+        its_low, its_high = _product(codes_of_part(codes, i, SPANS), its_numbers, S)
+        worth = worths.index(span).load(gl.SliceLayout(0, TOTALS))
         if weight is not None:
             worth *= gl.convert_layout(weight, gl.SliceLayout(0, TOTALS), assert_trivial=True)
         factor = gl.expand_dims(gl.expand_dims(worth, 0), 2)
         factor = factor * values[0].index(group).load(VALUES).to(gl.float32)
         factor_low, factor_high = _beside(factor, S)
-        total_low, total_high = _beside(gl.expand_dims(totals.index(piece).load(TOTALS), 2), S)
+        total_low, total_high = _beside(gl.expand_dims(totals.index(span).load(TOTALS), 2), S)
         if S.zeros:
             zero = values[1].index(group).load(VALUES).to(gl.float32)
             zero_low, zero_high = _beside(zero, S)

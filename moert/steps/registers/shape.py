@@ -16,23 +16,28 @@ class RegisterShape(StreamShape):
     """A `StreamShape` of int4 weights whose ring is of registers, `stages` steps that a lane holds, and whose
     inputs, one row or one token's, are staged whole as fixed-point numbers."""
 
+    def __post_init__(self) -> None:
+        # what follows, and the kernels, count on it
+        assert self.int4 and self.row_warps == self.repeats == self.together == 1 and self.bm == 8
+
     @property
-    def piece(self) -> int:
+    def span(self) -> int:
         """Columns multiplied at a time: those whose inputs share an exponent."""
         return min(STEP, self.width)
 
     @property
-    def pieces(self) -> int:
-        return self.width // self.piece
+    def spans(self) -> int:
+        """Of a step."""
+        return self.width // self.span
 
     @property
     def sub(self) -> int:
-        """Groups within a piece, 1, 2 or 4."""
-        return max(1, self.piece // self.group)
+        """Groups within a span, 1, 2 or 4."""
+        return max(1, self.span // self.group)
 
     @property
     def scaled(self) -> int:
-        """Pieces of a step with scales of their own."""
+        """Spans of a step with scales of their own."""
         return self.parts // self.sub
 
     @property
@@ -59,9 +64,10 @@ class RegisterShape(StreamShape):
         """Shared memory: numbers, what is kept beside them, all scales and zero points, and the parts' sums,
         which meet there at the end."""
         steps = self.staged * self.split
-        numbers = steps * (self.width * 2 + self.pieces * (1 + self.sub) * 4)
+        numbers = steps * (self.width * 2 + self.spans * (1 + self.sub) * 4)
         values = steps * self.parts * self.rows * 2 * (1 + self.zeros)
-        return numbers + values + self.split * self.rows * 4 + self.asked * self.split * 8
+        tables = self.asked * self.split * 8 if self.slots else 0
+        return numbers + values + self.split * self.rows * 4 + tables
 
     @property
     def a8(self) -> Any:

@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from moert.steps.fixed_point.codes import signed_asm
 from moert.steps.specialised.fixed_shape import PIECE as _PIECE
 from moert.steps.specialised.fixed_shape import PIECES as _PIECES
 from moert.steps.specialised.pipeline import await_copies, give_back
@@ -15,14 +16,6 @@ PIECES = gl.constexpr(_PIECES)
 TILES = gl.constexpr(_PIECE // 16)
 # what a unit of a signed byte of codes is worth: it has them in its upper half
 _CODE = gl.constexpr(0.0625)
-
-
-@gluon.constexpr_function
-def signed_asm(v1):
-    """The codes of rows 8 * v1 + g of word $1, less 8, in the upper halves of four signed bytes."""
-    take = "mov.b32 t, $1; " if v1 else "shl.b32 t, $1, 4; "
-    end = "mov.b32 m, 0x80808080; lop3.b32 $0, t, 0xF0F0F0F0, m, 0x6A;"
-    return "{ .reg .b32 t, m; " + take + end + " }"
 
 
 @gluon.jit
