@@ -1,4 +1,4 @@
-"""Choices of the streaming kernels (`moert/steps/streaming`): what is worth timing."""
+"""Choices of the streaming kernels (`moert/steps/streaming`, `moert/steps/registers`): what to time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tiles of the streaming kernels (`moert/steps/streaming`): where they serve, what a tile compiles to."""
+"""Tiles of the streaming kernels (`moert/steps/streaming`, `moert/steps/registers`): where they serve, what a
+tile compiles to."""
 
 from __future__ import annotations
 
