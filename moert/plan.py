@@ -12,11 +12,13 @@ from typing import Any
 from moert.arena import Field, layout
 
 STRATEGIES = ("none", "one_shot", "multi_phase")
-# portable tiles; weights streamed through shared memory (moert/steps/streaming), and the same for all rows of
-# an expert where nothing is sorted; weights streamed through registers, a row a program (moert/steps/
-# registers); warps that copy beside warps that multiply (moert/steps/specialised), and
-# these with fixed-point inputs (moert/steps/fixed_point)
-KERNELS = ("tile", "stream", "gathered", "registers", "specialised", "fixed")
+# weights streamed through shared memory (moert/steps/streaming), the same for all rows of an expert where
+# nothing is sorted, and weights streamed through registers, a row a program (moert/steps/registers)
+STREAMS = ("stream", "gathered", "registers")
+# warps that copy beside warps that multiply (moert/steps/specialised), and these with fixed-point inputs
+# (moert/steps/fixed_point)
+SPECIALISED = ("specialised", "fixed")
+KERNELS = ("tile", *STREAMS, *SPECIALISED)  # the first are portable
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Tile:
 
     def __str__(self) -> str:
         text = f"{self.bm}x{self.bn}x{self.bk}/w{self.num_warps}s{self.num_stages}"
-        if self.kernel in ("stream", "gathered", "registers"):
+        if self.kernel in STREAMS:
             text += f"k{self.split}r{self.repeats}"
         if self.together > 1:
             text += f"t{self.together}"
@@ -77,6 +79,11 @@ class Choice:
     def tiles(self) -> tuple[Tile, ...]:
         """All there are, in the order of their launches."""
         return tuple(filter(None, (*(self.crowded or ()), self.gate_up, self.down)))
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """Of `KERNELS`, the kinds of all tiles."""
+        return frozenset(tile.kernel for tile in self.tiles)
 
     @property
     def crowded_bm(self) -> int:
@@ -123,7 +130,7 @@ class Choice:
                 raise ValueError(f"tile {tile}: kernel is not one of {', '.join(KERNELS)}")
             if tile.together & (tile.together - 1):
                 raise ValueError(f"tile {tile}: together is no power of two")
-            follows_sort = tile.kernel in ("specialised", "fixed") or tile.together > 1
+            follows_sort = tile.kernel in SPECIALISED or tile.together > 1
             if follows_sort and data["strategy"] == "none":
                 raise ValueError(f"tile {tile}: its kernels follow a sort")
             if tile.kernel in ("gathered", "registers") and data["strategy"] != "none":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moert.backends.even_routing import experts_hit, rows_of_nearly_all
+from moert.backends.even_routing import distinct_experts, rows_of_nearly_all
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(16, 64, 4), (64, 128, 8), (512, 8, 2)])
@@ -27,4 +27,13 @@ def test_experts_that_are_hit(tokens: int, experts: int, top_k: int) -> None:
     scores = torch.rand(2000, tokens, experts, generator=generator)
     ids = scores.topk(top_k, -1).indices.flatten(1)
     hit = torch.zeros(2000, experts).scatter_(1, ids, 1.0).sum(1).mean().item()
-    assert hit == pytest.approx(experts_hit(experts, top_k, tokens), rel=0.01)
+    assert hit == pytest.approx(distinct_experts(experts, top_k, tokens), rel=0.01)
+
+
+def test_distinct_experts() -> None:
+    assert distinct_experts(128, 8, 1) == pytest.approx(8)
+    assert distinct_experts(128, 8, 2) == pytest.approx(15.5)
+    assert distinct_experts(8, 8, 5) == pytest.approx(8)
+    assert (
+        distinct_experts(3, 8, 1) == distinct_experts(3, 8, 2) == 3.0
+    )  # a shard: never more than E

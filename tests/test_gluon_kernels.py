@@ -79,10 +79,6 @@ def cases() -> Iterator[tuple[str, Choice, int]]:
             yield name, Choice("one_shot", tile, tile, FEW_UNITS.dependent_launch), 60
 
 
-def kernels_of(choice: Choice) -> set[str]:
-    return {tile.kernel for tile in choice.tiles}
-
-
 def gathers(choice: Choice) -> bool:
     return choice.down is not None and choice.down.kernel == "gathered"
 
@@ -146,8 +142,8 @@ def test_live_counts(name: str, live: int) -> None:
     backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
     direct = list(stream_choices.direct_choices(cfg, FEW_UNITS, 1))
     kinds = (
-        (c for c in direct if kernels_of(c) == {"stream"}),
-        (c for c in direct if kernels_of(c) == {"registers"}),
+        (c for c in direct if c.kernels == {"stream"}),
+        (c for c in direct if c.kernels == {"registers"}),
         (c for c in stream_choices.direct_choices(cfg, FEW_UNITS, 8) if gathers(c)),
         stream_choices.grouped_choices(cfg, FEW_UNITS, "one_shot", 9),
         specialised_tiles.choices(cfg, FEW_UNITS, "multi_phase", 1000.0),
@@ -169,7 +165,7 @@ def test_fixed_point_bears_a_column_far_above_the_others(name: str, outlier: flo
     cfg = LAYERS[name]
     backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
     held = next(stream_choices.direct_choices(cfg, FEW_UNITS, 1))
-    assert kernels_of(held) == {"registers"}
+    assert held.kernels == {"registers"}
     run(backend, replace(held, dependent=False), 3, None, outlier)
     for choice in islice(fixed_tiles.choices(cfg, FEW_UNITS, "one_shot", 8.0), 1):
         run(backend, replace(choice, dependent=False), 20, None, outlier)
@@ -185,7 +181,7 @@ def test_registers_are_filled_again(quant: Quant, up: bool) -> None:
     cfg = MoEConfig(4, 3, *sizes, dtype="float16", quant=quant)
     backend = TritonBackend(cfg, ExpertWeights.random(cfg), FEW_UNITS)
     found = stream_choices.direct_choices(cfg, FEW_UNITS, 1)
-    held = [c for c in found if kernels_of(c) == {"registers"}]
+    held = [c for c in found if c.kernels == {"registers"}]
     tiles = list(dict.fromkeys(c.gate_up if up else c.down for c in held))
     shapes = {t: stream_shape(cfg, t, up=up, direct=True) for t in tiles if t}
     again = [t for t, shape in shapes.items() if shape.iterations > shape.stages]

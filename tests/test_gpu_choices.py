@@ -81,20 +81,16 @@ def make_weights(name: str) -> ExpertWeights:
     return replace(weights, interleaved="interleaved" in name)
 
 
-def kernels_of(choice: Choice) -> set[str]:
-    return {tile.kernel for tile in choice.tiles}
-
-
 def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
     """The candidates and tiles for crowds; of 16-bit weights those that no other test runs.
 
     Of portable int4 kernels, which the interpreter runs too, every fourth.
     """
     found = backend.candidates(bucket, STRATEGIES)
-    portable = [choice for choice in found if kernels_of(choice) == {"tile"}]
+    portable = [choice for choice in found if choice.kernels == {"tile"}]
     left_out = set(portable) if backend.cfg.quant is None else set(portable) - set(portable[::4])
     own_warps = ({"specialised"}, {"fixed"})
-    specialised = [choice for choice in found if kernels_of(choice) in own_warps]
+    specialised = [choice for choice in found if choice.kernels in own_warps]
     tiles = specialised_tiles.every_tile(backend.cfg, backend.facts)
     if backend.cfg.quant is not None:
         # of int4 weights those of two products, some of which are offered for other numbers of rows
@@ -108,7 +104,7 @@ def choices(backend: TritonBackend, bucket: int) -> list[Choice]:
         # 15 s of compiling for a kernel of int4 weights
         return specialised if backend.cfg.quant is None else specialised[::3]
     # beside one of each strategy and kind, tiles for crowds
-    kinds = {(choice.strategy, *kernels_of(choice)): choice for choice in reversed(found)}
+    kinds = {(choice.strategy, *choice.kernels): choice for choice in reversed(found)}
     crowded = [c for choice in kinds.values() for c in backend.crowded_choices(choice, bucket)]
     return [choice for choice in found if choice not in left_out] + crowded + mixed(found)
 

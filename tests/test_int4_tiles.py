@@ -66,7 +66,8 @@ def test_every_choice(name: str, arch: str) -> None:
     for tokens in TOKENS:
         found = candidates(cfg, facts, tokens, STRATEGIES)
         assert found[0] == default_choice(cfg, facts, tokens)
-        assert len(set(found)) == len(found) <= 80
+        # every pair of kernels through registers is one, where a row a program can pay
+        assert len(set(found)) == len(found) <= (80 if tokens <= 8 else 60)
         # what has to be compiled for them
         assert len({c.gate_up for c in found}) + len({c.down for c in found}) <= 64
         for choice in found:

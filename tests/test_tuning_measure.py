@@ -33,7 +33,6 @@ from moert.tuning.measure import (
     Rotation,
     cache_bytes,
     contenders,
-    distinct_experts,
     pick,
     plan_rotation,
     rotated_ids,
@@ -73,15 +72,6 @@ def test_rotation(layer: int, hit: int, free: int, copies: int, cold: bool, why:
 def test_caches_behind_the_l2_count() -> None:
     assert cache_bytes(KNOWN_DEVICES["sm_90"]) == 60 << 20
     assert cache_bytes(KNOWN_DEVICES["gfx942"]) == 256 << 20
-
-
-def test_distinct_experts() -> None:
-    assert distinct_experts(128, 8, 1) == pytest.approx(8)
-    assert distinct_experts(128, 8, 2) == pytest.approx(15.5)
-    assert distinct_experts(8, 8, 5) == pytest.approx(8)
-    assert (
-        distinct_experts(3, 8, 1) == distinct_experts(3, 8, 2) == 3.0
-    )  # a shard: never more than E
 
 
 @pytest.mark.parametrize(

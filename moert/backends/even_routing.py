@@ -10,6 +10,7 @@ def rows_of_nearly_all(mean: float) -> float:
     return mean + 2.0 * math.sqrt(mean)
 
 
-def experts_hit(experts: int, top_k: int, tokens: int) -> float:
-    """How many experts have a row: none of T tokens, each of which takes K of E, takes one of the others."""
-    return experts * (1.0 - (1.0 - top_k / experts) ** tokens)
+def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
+    """Expected number of experts that T uniformly routed tokens hit: E * (1 - (1 - K/E)^T)."""
+    missed = max(0.0, 1.0 - top_k / num_experts)
+    return float(num_experts * (1.0 - missed**tokens))

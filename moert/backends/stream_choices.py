@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
-from moert.backends.even_routing import experts_hit, rows_of_nearly_all
+from moert.backends.even_routing import distinct_experts, rows_of_nearly_all
 from moert.backends.stream_tiles import fits, refuses, stream_shape
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
@@ -152,15 +153,15 @@ def direct_choices(cfg: MoEConfig, facts: DeviceFacts, tokens: int) -> Iterator[
         return _tiles(cfg, facts, shapes, up, LEAST, kernel, direct=kernel != "gathered")
 
     ups, downs = tiles(lists.direct_up, True, "stream"), tiles(lists.direct_down, False, "stream")
-    ring = list(_pairs("none", ups, downs, facts))
+    ring = _pairs("none", ups, downs, facts)
     ups, downs = tiles(lists.held_up, True, "registers"), tiles(lists.held_down, False, "registers")
     # which of these goes well with which is a matter of how programs of the two share a unit: E=128 K=8
     # H=2048 I=768, T=1 on an H200: the best of one varied at a time 9.8 us, of all 8.8
-    held = [Choice("none", up, down, facts.dependent_launch) for up in ups for down in downs]
+    held = (Choice("none", up, down, facts.dependent_launch) for up in ups for down in downs)
     # where lanes have too many inputs to make numbers of for the first tile, others are slow as well: E=8 K=2
     # H=4096 I=14336, T=1: 53.4 us, through the ring 50.6
     slow = downs[:1] != tiles(lists.held_down[:1], False, "registers")
-    yield from (*ring, *held) if slow else (*held, *ring)
+    yield from chain(ring, held) if slow else chain(held, ring)
     if 1 < tokens <= LEAST:
         ups = tiles(lists.gathered_up, True, "gathered")
         downs = tiles(lists.gathered_down, False, "gathered")
@@ -209,7 +210,7 @@ def _in_order(cfg: MoEConfig, facts: DeviceFacts, downs: _Shapes, tokens: int) -
     if cfg.quant is None:
         return downs
     tile = _tile(cfg, downs[0], LEAST, False, "stream")
-    blocks = experts_hit(cfg.num_experts, cfg.top_k, tokens)
+    blocks = distinct_experts(cfg.num_experts, cfg.top_k, tokens)
     programs = blocks * stream_shape(cfg, tile, up=False, direct=False).tiles
     if programs >= _FEW_PROGRAMS * facts.compute_units:
         return downs

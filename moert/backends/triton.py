@@ -87,9 +87,9 @@ class TritonBackend(Backend):
         if special:
             fits = [kinds[tile.kernel].fits(self.cfg, self.facts, tile) for tile in special]
             return all(fits) and specialised_tiles.readable(self.weights)
-        if self.cfg.quant is None and any(tile.kernel == "registers" for tile in tiles):
+        if self.cfg.quant is None and "registers" in choice.kernels:
             return False
-        return all(t.kernel == "tile" for t in tiles) or stream_tiles.readable(self.weights)
+        return choice.kernels <= {"tile"} or stream_tiles.readable(self.weights)
 
     def infeasible(self, strategy: str, tokens: int) -> str | None:
         return feasible(strategy, tokens, self.cfg.num_experts, self.cfg.top_k, self.facts)
@@ -106,8 +106,7 @@ class TritonBackend(Backend):
         # what runs in its place on the same arrays may have lower blocks
         least = triton_tiles.portable_rows(choice.gate_up.bm)
         sort = sort_fields(choice.strategy, tokens, *sizes, least)
-        fixed = any(tile.kernel == "fixed" for tile in choice.tiles)
-        split = fixed_fields(cfg, tokens) if fixed else ()
+        split = fixed_fields(cfg, tokens) if "fixed" in choice.kernels else ()
         return (*(Field(*f) for f in sort), h, y, *split)
 
     def kernels(self, tokens: int, choice: Choice) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from moert.backends.triton_tile_limits import is_rdna
 from moert.config import MoEConfig
 from moert.device import DeviceFacts
 from moert.launch import Launch, in_a_row
-from moert.plan import Choice, Tile
+from moert.plan import SPECIALISED, STREAMS, Choice, Tile
 from moert.steps.combine.triton import combine_kernel
 from moert.steps.down.triton import down_direct_kernel, down_grouped_kernel
 from moert.steps.gate_up.triton import gate_up_direct_kernel, gate_up_grouped_kernel
@@ -84,9 +84,9 @@ def _gate_up(
     views: Views,
     direct: bool,
 ) -> Launch:
-    if tile.kernel in ("stream", "gathered", "registers"):
+    if tile.kernel in STREAMS:
         return gate_up_stream(cfg, weights, tile, views, direct)
-    if tile.kernel in ("specialised", "fixed"):
+    if tile.kernel in SPECIALISED:
         return gate_up_specialised(cfg, weights, facts, tile, views)
     if cfg.quant is not None:
         return gate_up_int4(cfg, weights, facts, tile, views, direct)
@@ -120,9 +120,9 @@ def _down(
     views: Views,
     direct: bool,
 ) -> Launch:
-    if tile.kernel in ("stream", "gathered", "registers"):
+    if tile.kernel in STREAMS:
         return down_stream(cfg, weights, tile, views, direct)
-    if tile.kernel in ("specialised", "fixed"):
+    if tile.kernel in SPECIALISED:
         return down_specialised(cfg, weights, facts, tile, views)
     if cfg.quant is not None:
         return down_int4(cfg, weights, facts, tile, views, direct)

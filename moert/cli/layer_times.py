@@ -11,11 +11,12 @@ from typing import Any, Final
 import torch
 
 from moert import __version__
+from moert.backends.even_routing import distinct_experts
 from moert.config import MoEConfig
 from moert.device import device_facts
 from moert.runtime import MoERuntime
 from moert.topk import TopK
-from moert.tuning.measure import COLD_CACHES, cache_bytes, distinct_experts
+from moert.tuning.measure import COLD_CACHES, cache_bytes
 from moert.tuning.probes import DeviceProbes
 from moert.weights import ExpertWeights
 

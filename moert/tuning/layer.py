@@ -11,11 +11,12 @@ from typing import Any, Final
 import torch
 
 from moert.backends.base import Backend
+from moert.backends.even_routing import distinct_experts
 from moert.compile_ahead import Ahead, NothingAhead, in_order
 from moert.compile_job import CompileJob
 from moert.plan import Choice
 from moert.quantization.int4_layout import Int4Matrix
-from moert.tuning.measure import Rotation, cache_bytes, distinct_experts, plan_rotation
+from moert.tuning.measure import Rotation, cache_bytes, plan_rotation
 from moert.tuning.probes import Probes
 from moert.weights import ExpertWeights, Matrix
 

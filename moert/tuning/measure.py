@@ -58,12 +58,6 @@ class Rotation:
     cold: bool
 
 
-def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
-    """Expected number of experts that T uniformly routed tokens hit: E * (1 - (1 - K/E)^T)."""
-    missed = max(0.0, 1.0 - top_k / num_experts)
-    return float(num_experts * (1.0 - missed**tokens))
-
-
 def plan_rotation(layer_bytes: int, hit_bytes: int, cache: int, free_bytes: int) -> Rotation:
     """Spread calls over the layer's own experts; copy the weights only where those few are too small.
 

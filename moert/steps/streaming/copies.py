@@ -12,8 +12,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 
 @gluon.jit
-def copy_codes(stage, codes_ptr, expert, tile, first, live, S: gl.constexpr):
-    """Codes of row tiles `tile`.. into [split, row_tiles * blocks, 32, 4]; parts: dimension 0 of S.codes."""
+def code_pointers(codes_ptr, expert, tile, first, live, S: gl.constexpr):
+    """Where the codes of row tiles `tile`.. are, [split, row_tiles * blocks, 32, 4], and a mask; parts:
+    dimension 0 of S.codes."""
     L: gl.constexpr = S.codes
     b = gl.arange(
         0, S.row_tiles * S.blocks, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L)))
@@ -29,7 +30,13 @@ def copy_codes(stage, codes_ptr, expert, tile, first, live, S: gl.constexpr):
     word = gl.expand_dims(gl.expand_dims(gl.expand_dims(word, 0), 0), 0)
     inner = lane * 4 + word
     pointers = codes_ptr + (gl.expand_dims(gl.expand_dims(start, 2), 3) + inner)
-    mask = gl.expand_dims(gl.expand_dims(inside, 2), 3) & (inner >= 0)
+    return pointers, gl.expand_dims(gl.expand_dims(inside, 2), 3) & (inner >= 0)
+
+
+@gluon.jit
+def copy_codes(stage, codes_ptr, expert, tile, first, live, S: gl.constexpr):
+    """Codes of row tiles `tile`.. into [split, row_tiles * blocks, 32, 4]."""
+    pointers, mask = code_pointers(codes_ptr, expert, tile, first, live, S)
     async_copy.async_copy_global_to_shared(stage, pointers, mask)
 
 
